@@ -1,0 +1,70 @@
+# Every target makes what it needs: a virtual environment of its own, rebuilt when
+# pyproject.toml changes. Set PYTHON to use another interpreter.
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format smoke-py312 clean
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+
+# A version manager may put a `python3.11` on the path that only prints an error, so
+# the candidates are run, not looked up.
+PYTHON ?= $(shell for p in python3.11 python3; do \
+	$$p -c '' >/dev/null 2>&1 && echo $$p && break; done)
+PYTHON312 ?= python3.12
+PYTEST_ARGS ?=
+# No compiler, no weights, no torch: what policies, adapter files and sampling do.
+SMOKE_TESTS := tests/test_imports.py tests/test_config.py tests/test_output.py \
+	tests/test_sampling_params.py tests/test_lora_*.py tests/test_policy_*.py
+# Twice quiet: warnings about the index are not ours to fix; errors still show. Byte code
+# for every file of jax and torch takes long; what runs is compiled when imported.
+PIP_FLAGS := -qq --disable-pip-version-check --no-input --no-compile
+
+# $(call make_venv,INTERPRETER,FOLDER,WHAT TO INSTALL)
+define make_venv
+	@echo "setting up $(2) with $$($(1) --version) ..."
+	@rm -rf $(2)
+	@$(1) -m venv $(2)
+	@$(2)/bin/python -m pip install $(PIP_FLAGS) --editable '$(3)'
+	@touch $@
+endef
+
+help:
+	@echo "make demo         one model answers through several LoRA adapters in one batch"
+	@echo "make test         all tests (Python 3.11 also runs the parity tests)"
+	@echo "make lint         ruff and mypy"
+	@echo "make format       rewrite the sources as the linter wants them"
+	@echo "make smoke-py312  a short run on Python 3.12, without torch"
+	@echo "make clean        remove environments, caches and built files"
+
+.venv-demo/.ready: pyproject.toml
+	$(call make_venv,$(PYTHON),.venv-demo,.)
+
+.venv-test/.ready: pyproject.toml
+	$(call make_venv,$(PYTHON),.venv-test,.[test])
+
+.venv-py312/.ready: pyproject.toml
+	$(call make_venv,$(PYTHON312),.venv-py312,.[test])
+
+demo: .venv-demo/.ready
+	@.venv-demo/bin/python tools/demo.py
+
+test: .venv-test/.ready
+	@.venv-test/bin/python -m pytest $(PYTEST_ARGS)
+
+lint: .venv-test/.ready
+	@.venv-test/bin/ruff check .
+	@.venv-test/bin/ruff format --check .
+	@.venv-test/bin/mypy
+
+format: .venv-test/.ready
+	@.venv-test/bin/ruff check --fix .
+	@.venv-test/bin/ruff format .
+
+smoke-py312: .venv-py312/.ready
+	@.venv-py312/bin/jchameleon --version
+	@.venv-py312/bin/jchameleon generate --model tiny --prompt "Hello" --max-tokens 8
+	@.venv-py312/bin/python -m pytest --quiet $(PYTEST_ARGS) $(SMOKE_TESTS)
+
+clean:
+	rm -rf .venv-demo .venv-test .venv-py312 build dist
+	rm -rf .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

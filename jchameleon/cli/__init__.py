@@ -1,0 +1,66 @@
+"""The command line: `jchameleon generate` and `jchameleon adapters inspect`.
+
+Exit codes: 0 done; 1 a fault of this program (with a traceback); 2 wrong usage or
+input, with one line on stderr; 130 interrupted.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from jchameleon import __version__
+from jchameleon.cli import adapters, generate
+from jchameleon.errors import JChameleonError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; return its exit code.
+
+    Wrong usage and `--help` leave through SystemExit, as argparse does it.
+    """
+    args = _parser().parse_args(argv)
+    try:
+        args.run(args)
+        sys.stdout.flush()
+    except JChameleonError as error:
+        print(f"jchameleon: error: {_one_line(error)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("jchameleon: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader went away (`| head`). Python would complain once more when it
+        # flushes stdout at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="jchameleon",
+        description="One base model, many LoRA adapters, one batch.",
+    )
+    parser.add_argument(
+        "--version", action="version", version=f"jchameleon {__version__}"
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    generate.add_command(commands)
+    adapters.add_command(commands)
+    return parser
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line; the usage is a `--help` away."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**{"allow_abbrev": False, **kwargs})
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {_one_line(message)} (see --help)\n")
+
+
+def _one_line(error: object) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,346 @@
+"""`jchameleon generate`: answer prompts, each through the base model or an adapter."""
+
+import argparse
+import dataclasses
+import json
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jchameleon.cli.options import add_model
+from jchameleon.config import EngineConfig
+from jchameleon.errors import (
+    InvalidRequestError,
+    RequestFailedError,
+    UnknownAdapterError,
+)
+from jchameleon.sampling import SamplingParams
+
+if TYPE_CHECKING:
+    from jchameleon.llm import LLM
+    from jchameleon.outputs import RequestOutput
+
+BASE = "base"
+"""What `--use` calls the model without an adapter."""
+
+# Options that are handed to the engine as they are, when given.
+ENGINE_FIELDS = (
+    "max_model_len",
+    "max_running",
+    "max_batch_tokens",
+    "pool_bytes",
+    "lora_targets",
+    "max_lora_rank",
+)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Answer prompts; everything that can be checked is, before the model loads."""
+    sampling = SamplingParams(
+        max_tokens=args.max_tokens,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        seed=args.seed,
+        stop=args.stop,
+        stop_token_ids=args.stop_token_id,
+        ignore_eos=args.ignore_eos,
+    )
+    engine = {
+        field: getattr(args, field)
+        for field in ENGINE_FIELDS
+        if getattr(args, field) is not None
+    }
+    EngineConfig(dtype=args.dtype, **engine)
+    prompts = _prompts(args.prompt, args.prompt_file)
+    adapters = _adapters(args.adapter)
+    uses = _uses(args.use, adapters, num_prompts=len(prompts))
+
+    from jchameleon.llm import LLM
+
+    with LLM(args.model, adapters=adapters, dtype=args.dtype, **engine) as llm:
+        inputs = _templated(llm, prompts, chat=args.chat)
+        if len(inputs) == 1 and not args.json:
+            _stream_one(llm, inputs[0], uses[0], sampling)
+            return
+        outputs = llm.generate(inputs, adapters=uses, sampling=sampling)
+    for index, (prompt, output) in enumerate(zip(prompts, outputs, strict=True)):
+        if args.json:
+            print(json.dumps(_record(index, output), ensure_ascii=False))
+        else:
+            _print_block(index, prompt, output)
+    failed = [output for output in outputs if output.error]
+    if failed:
+        raise RequestFailedError(
+            f"{len(failed)} of {len(outputs)} requests failed, the first with: "
+            f"{failed[0].error}"
+        )
+
+
+def add_command(commands: Any) -> None:
+    """Add `generate` to the subcommands of an argument parser."""
+    parser = commands.add_parser(
+        "generate",
+        help="answer prompts",
+        description="Answer prompts, each through the base model or an adapter.",
+    )
+    parser.set_defaults(run=run)
+    _add_inputs(parser)
+    _add_sampling(parser.add_argument_group("sampling"))
+    _add_engine(parser.add_argument_group("engine"))
+
+
+def _add_inputs(parser: argparse.ArgumentParser) -> None:
+    add_model(parser)
+    parser.add_argument(
+        "--prompt",
+        action="extend",
+        nargs="+",
+        default=[],
+        metavar="TEXT",
+        help="one or more prompts; may be repeated",
+    )
+    parser.add_argument(
+        "--prompt-file",
+        type=Path,
+        metavar="FILE",
+        help="one prompt a line, empty lines left out; - is standard input",
+    )
+    parser.add_argument(
+        "--adapter",
+        action="extend",
+        nargs="+",
+        type=_named_dir,
+        default=[],
+        metavar="NAME=DIR",
+        help="a PEFT directory and the name to use it by; may be repeated",
+    )
+    parser.add_argument(
+        "--use",
+        action="extend",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help=f"adapter by name, or {BASE!r} for none: one for all prompts, or one for "
+        f"each in order (default: {BASE})",
+    )
+    template = parser.add_mutually_exclusive_group()
+    template.add_argument(
+        "--chat",
+        action="store_true",
+        default=None,
+        help="give each prompt as a user's turn in the model's chat template; this is "
+        "the default where the model has one",
+    )
+    template.add_argument(
+        "--raw",
+        dest="chat",
+        action="store_false",
+        help="give each prompt as it is",
+    )
+    parser.add_argument("--json", action="store_true", help="print one object a reply")
+
+
+def _add_sampling(sampling: Any) -> None:
+    defaults = SamplingParams(max_tokens=64, temperature=0.0)
+    for flag, kind, default, text in (
+        ("--max-tokens", int, defaults.max_tokens, "output tokens at most"),
+        ("--temperature", float, defaults.temperature, "0 takes the likeliest token"),
+        ("--top-k", int, defaults.top_k, "draw among this many; 0 is all"),
+        ("--top-p", float, defaults.top_p, "draw among the likeliest that reach this"),
+    ):
+        sampling.add_argument(
+            flag,
+            type=kind,
+            default=default,
+            metavar="N" if kind is int else "X",
+            help=f"{text} (default: %(default)s)",
+        )
+    sampling.add_argument(
+        "--seed", type=int, metavar="N", help="makes drawn tokens repeatable"
+    )
+    sampling.add_argument(
+        "--stop",
+        action="extend",
+        nargs="+",
+        default=[],
+        metavar="TEXT",
+        help="end the reply before this text; may be repeated",
+    )
+    sampling.add_argument(
+        "--stop-token-id",
+        action="extend",
+        nargs="+",
+        type=int,
+        default=[],
+        metavar="ID",
+        help="end the reply at this token; may be repeated",
+    )
+    sampling.add_argument(
+        "--ignore-eos", action="store_true", help="go on past the model's end token"
+    )
+
+
+def _add_engine(engine: Any) -> None:
+    engine.add_argument(
+        "--dtype",
+        default="float32",
+        metavar="D",
+        help="float32 or bfloat16 (default: %(default)s)",
+    )
+    engine.add_argument(
+        "--pool-bytes",
+        type=_byte_count,
+        metavar="N",
+        help="memory for KV cache and adapters together, e.g. 512MiB",
+    )
+    for flag, text in (
+        ("--max-model-len", "longest prompt and reply together, in tokens"),
+        ("--max-running", "replies made at once"),
+        ("--max-batch-tokens", "tokens of one iteration"),
+        ("--max-lora-rank", "adapters above are refused"),
+    ):
+        engine.add_argument(flag, type=int, metavar="N", help=text)
+    engine.add_argument(
+        "--lora-targets",
+        type=_names,
+        metavar="P,P,...",
+        help="projections that adapters may touch, among q,k,v,o,gate,up,down",
+    )
+
+
+def _prompts(given: list[str], file: Path | None) -> list[str]:
+    """Return the prompts of both options, checked to be non-empty text."""
+    prompts = [*given]
+    if file is not None:
+        try:
+            text = sys.stdin.read() if str(file) == "-" else file.read_text("utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InvalidRequestError(
+                f"prompt-file {str(file)!r} cannot be read: {error}"
+            ) from error
+        prompts += [line for line in text.splitlines() if line.strip()]
+    if not prompts:
+        raise InvalidRequestError("no prompt; give --prompt TEXT or --prompt-file FILE")
+    for index, prompt in enumerate(prompts):
+        if not prompt:
+            raise InvalidRequestError(f"prompt {index} is empty")
+        try:
+            prompt.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise InvalidRequestError(f"prompt {index} is not valid UTF-8") from error
+    return prompts
+
+
+def _adapters(given: list[tuple[str, str]]) -> dict[str, str]:
+    """Return name -> directory; a name given twice is an error, not the last one."""
+    adapters: dict[str, str] = {}
+    for name, directory in given:
+        if name == BASE:
+            raise InvalidRequestError(
+                f"adapter name {BASE!r} is taken: it stands for the model itself"
+            )
+        if adapters.setdefault(name, directory) != directory:
+            raise InvalidRequestError(
+                f"adapter name {name!r} is given twice, with {adapters[name]!r} and "
+                f"{directory!r}"
+            )
+    return adapters
+
+
+def _uses(
+    given: list[str], adapters: dict[str, str], *, num_prompts: int
+) -> list[str | None]:
+    """Return the adapter name of every prompt, None for the base model."""
+    for name in given:
+        if name != BASE and name not in adapters:
+            known = ", ".join([BASE, *adapters])
+            raise UnknownAdapterError(f"use={name!r} is none of {known}")
+    if len(given) not in (0, 1, num_prompts):
+        raise InvalidRequestError(
+            f"use is given {len(given)} times for {num_prompts} prompts; give it once "
+            "for all of them or once for each"
+        )
+    names = given or [BASE]
+    if len(names) == 1:
+        names = names * num_prompts
+    return [None if name == BASE else name for name in names]
+
+
+def _templated(llm: "LLM", prompts: list[str], *, chat: bool | None) -> list[str]:
+    """Return the texts for the model: prompts as user turns, or as they are.
+
+    chat: None follows the model: a template is used where there is one.
+    """
+    if chat is None:
+        chat = llm.has_chat_template
+    if not chat:
+        return prompts
+    return [llm.chat_prompt([{"role": "user", "content": text}]) for text in prompts]
+
+
+def _stream_one(
+    llm: "LLM", prompt: str, use: str | None, sampling: SamplingParams
+) -> None:
+    """Print one reply as it is made."""
+    last = ""
+    for delta in llm.stream([prompt], adapters=[use], sampling=sampling):
+        if delta.text:
+            last = delta.text
+            print(delta.text, end="", flush=True)
+        if delta.finish_reason == "error":
+            raise RequestFailedError(delta.error or "the request failed")
+    if not last.endswith("\n"):
+        print()
+
+
+def _print_block(index: int, prompt: str, output: "RequestOutput") -> None:
+    """Print one labelled reply."""
+    adapter = output.adapter or BASE
+    print(
+        f"=== {index} | adapter {adapter} | {len(output.token_ids)} tokens | "
+        f"{output.finish_reason} | {_shortened(prompt)}"
+    )
+    print(output.text)
+    print()
+
+
+def _record(index: int, output: "RequestOutput") -> dict[str, Any]:
+    """Return one reply as JSON types."""
+    return {
+        "index": index,
+        "request_id": output.request_id,
+        "adapter": output.adapter,
+        "text": output.text,
+        "token_ids": list(output.token_ids),
+        "finish_reason": output.finish_reason,
+        "timing": dataclasses.asdict(output.timing),
+        "error": output.error,
+    }
+
+
+def _shortened(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= 48 else line[:45] + "..."
+
+
+def _named_dir(text: str) -> tuple[str, str]:
+    name, equals, directory = text.partition("=")
+    if not (name and equals and directory):
+        raise argparse.ArgumentTypeError(f"{text!r} must be NAME=DIR")
+    return name, directory
+
+
+def _byte_count(text: str) -> int:
+    match = re.fullmatch(r"([0-9]{1,18})\s*(|[KMGT]iB)", text)
+    if not match:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} must be a number of bytes, or one with KiB, MiB, GiB or TiB"
+        )
+    power = ("", "KiB", "MiB", "GiB", "TiB").index(match[2])
+    return int(match[1]) * 1024**power
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(","))

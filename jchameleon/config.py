@@ -1,0 +1,292 @@
+"""Frozen configuration: the model's shape and the engine's limits.
+
+Nothing here imports jax, so policies, the simulator and the command line can read
+configurations in milliseconds.
+"""
+
+import dataclasses
+import difflib
+import math
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from jchameleon.errors import ConfigError, UnknownModelError
+from jchameleon.resources import configs_dir
+
+PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
+"""LoRA targets by short name, in the order in which a layer applies them."""
+
+ATTENTION_PROJECTIONS = ("q", "k", "v", "o")
+
+PREFILL_TILE_TOKENS = 32
+"""Prompt chunks of a packed prefill start at multiples of this (one request a tile)."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class RopeScaling:
+    """How rotary frequencies are stretched beyond the pre-training context.
+
+    kind "linear" divides every frequency by `factor`; kind "llama3" keeps high
+    frequencies, divides low ones by `factor` and blends between (Llama 3.1 release,
+    `apply_scaling`).
+    """
+
+    kind: Literal["linear", "llama3"]
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position: int = 8192
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("linear", "llama3"):
+            raise ConfigError(
+                f"rope_scaling.kind={self.kind!r} must be 'linear' or 'llama3'"
+            )
+        if not self.factor >= 1.0 or math.isinf(self.factor):
+            raise ConfigError(f"rope_scaling.factor={self.factor} must be >= 1")
+        if self.kind == "llama3" and not (
+            0 < self.low_freq_factor < self.high_freq_factor
+        ):
+            raise ConfigError(
+                "rope_scaling needs 0 < low_freq_factor < high_freq_factor, got "
+                f"{self.low_freq_factor} and {self.high_freq_factor}"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    """Shape of a Llama-family decoder.
+
+    Attributes:
+      vocab_size: rows of the embedding table.
+      hidden_size: model width D.
+      intermediate_size: MLP width F.
+      num_layers: decoder layers L.
+      num_heads: query heads H.
+      num_kv_heads: key/value heads KVH; divides num_heads (GQA).
+      head_dim: width of a head; even (RoPE rotates halves).
+      rope_theta: base of the rotary frequencies.
+      max_position_embeddings: context length in tokens.
+      tie_embeddings: the output head is the embedding table.
+      bos_token_id: prepended by the tokenizer where the checkpoint says so, or None.
+      eos_token_ids: any of them ends a reply.
+    """
+
+    name: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    rms_norm_eps: float = 1e-5
+    max_position_embeddings: int = 2048
+    tie_embeddings: bool = False
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        for field in (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_layers",
+            "num_heads",
+            "num_kv_heads",
+            "head_dim",
+            "max_position_embeddings",
+        ):
+            value = getattr(self, field)
+            if not isinstance(value, int) or value <= 0:
+                raise ConfigError(f"{field}={value!r} must be a positive integer")
+        if self.num_heads % self.num_kv_heads:
+            raise ConfigError(
+                f"num_heads={self.num_heads} must be a multiple of "
+                f"num_kv_heads={self.num_kv_heads}"
+            )
+        if self.head_dim % 2:
+            raise ConfigError(f"head_dim={self.head_dim} must be even")
+        if not self.rope_theta > 0:
+            raise ConfigError(f"rope_theta={self.rope_theta} must be positive")
+        for token_id in (*self.eos_token_ids, self.bos_token_id):
+            if token_id is not None and not 0 <= token_id < self.vocab_size:
+                raise ConfigError(
+                    f"special token id {token_id} is outside the vocabulary of "
+                    f"{self.vocab_size}"
+                )
+
+    @property
+    def q_dim(self) -> int:
+        """Output features of the query projection."""
+        return self.num_heads * self.head_dim
+
+    @property
+    def kv_dim(self) -> int:
+        """Output features of the key projection, and of the value projection."""
+        return self.num_kv_heads * self.head_dim
+
+    def projection_shape(self, projection: str) -> tuple[int, int]:
+        """Return (d_in, d_out) of one of `PROJECTIONS`."""
+        d, f = self.hidden_size, self.intermediate_size
+        return {
+            "q": (d, self.q_dim),
+            "k": (d, self.kv_dim),
+            "v": (d, self.kv_dim),
+            "o": (self.q_dim, d),
+            "gate": (d, f),
+            "up": (d, f),
+            "down": (f, d),
+        }[projection]
+
+    @classmethod
+    def preset(cls, name: str) -> Self:
+        """Return the preset `name` from `configs/models/`.
+
+        Raises:
+          UnknownModelError: there is no such preset; the message lists those there are.
+        """
+        path = configs_dir() / "models" / f"{name}.toml"
+        if name not in preset_names():
+            raise UnknownModelError(
+                f"unknown model preset {name!r}; presets are "
+                + ", ".join(preset_names())
+            )
+        table = load_toml(path)
+        table.pop("source", None)
+        return cls.from_dict({"name": name, **table})
+
+    @classmethod
+    def from_dict(cls, table: Mapping[str, Any]) -> Self:
+        """Build from a plain table; an unknown key names the nearest field."""
+        check_keys(cls, table)
+        values = dict(table)
+        if isinstance(values.get("rope_scaling"), Mapping):
+            check_keys(RopeScaling, values["rope_scaling"])
+            values["rope_scaling"] = RopeScaling(**values["rope_scaling"])
+        if "eos_token_ids" in values:
+            values["eos_token_ids"] = tuple(values["eos_token_ids"])
+        return cls(**values)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class EngineConfig:
+    """Limits and policies of one engine.
+
+    Attributes:
+      dtype: of parameters, pool and activations.
+      max_model_len: longest prompt + output in tokens; None takes the model's
+        context, at most 4,096.
+      max_running: requests decoding at once (rows of the largest decode program).
+      max_waiting: requests queued beyond those; one more is refused.
+      max_batch_tokens: tokens of one iteration, prompt chunks and decode rows together.
+      kv_block_tokens: tokens of a KV block; one page holds one block.
+      pool_bytes: device bytes for KV blocks and adapters together; None takes what
+        `default_pool_bytes` says.
+      lora_targets: projections that adapters may touch, fixed at start; None takes
+        q, k, v, o and whatever else the adapters given at start touch.
+      max_lora_rank: adapters above are refused.
+      max_loads_in_flight: adapter loads under way at once (bounds staging memory).
+      admission, eviction, predictor: policy names, or "package.module:Class".
+      backend: "xla" on CPU; "auto" picks by device.
+      seed: seeds requests that bring none.
+    """
+
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    max_model_len: int | None = None
+    max_running: int = 64
+    max_waiting: int = 100_000
+    max_batch_tokens: int = 512
+    kv_block_tokens: int = 16
+    pool_bytes: int | None = None
+    lora_targets: tuple[str, ...] | None = None
+    max_lora_rank: int = 256
+    max_loads_in_flight: int = 4
+    admission: str = "fifo"
+    eviction: str = "lru"
+    predictor: str = "max_tokens"
+    backend: Literal["auto", "xla"] = "auto"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.dtype not in ("float32", "bfloat16"):
+            raise ConfigError(f"dtype={self.dtype!r} must be 'float32' or 'bfloat16'")
+        if self.backend not in ("auto", "xla"):
+            raise ConfigError(f"backend={self.backend!r} must be 'auto' or 'xla'")
+        for field in (
+            "max_running",
+            "max_waiting",
+            "max_batch_tokens",
+            "kv_block_tokens",
+            "max_lora_rank",
+            "max_loads_in_flight",
+        ):
+            value = getattr(self, field)
+            if not isinstance(value, int) or value <= 0:
+                raise ConfigError(f"{field}={value!r} must be a positive integer")
+        for field in ("max_model_len", "pool_bytes"):
+            value = getattr(self, field)
+            if value is not None and (not isinstance(value, int) or value <= 0):
+                raise ConfigError(f"{field}={value!r} must be a positive integer")
+        if self.kv_block_tokens & (self.kv_block_tokens - 1):
+            raise ConfigError(
+                f"kv_block_tokens={self.kv_block_tokens} must be a power of two"
+            )
+        least = self.max_running + PREFILL_TILE_TOKENS
+        if self.max_batch_tokens < least:
+            raise ConfigError(
+                f"max_batch_tokens={self.max_batch_tokens} must be at least "
+                f"max_running + {PREFILL_TILE_TOKENS} = {least}, or prompts could "
+                "never advance while all rows decode"
+            )
+        for target in self.lora_targets or ():
+            if target not in PROJECTIONS:
+                raise ConfigError(
+                    f"lora_targets has {target!r}; must be among "
+                    + ", ".join(PROJECTIONS)
+                )
+
+    @classmethod
+    def from_dict(cls, table: Mapping[str, Any]) -> Self:
+        """Build from a plain table; an unknown key names the nearest field."""
+        check_keys(cls, table)
+        values = dict(table)
+        if values.get("lora_targets") is not None:
+            values["lora_targets"] = tuple(values["lora_targets"])
+        return cls(**values)
+
+
+def check_keys(cls: type, table: Mapping[str, Any]) -> None:
+    """Raise ConfigError for a key of `table` that is no field of dataclass `cls`."""
+    fields = [f.name for f in dataclasses.fields(cls)]
+    for key in table:
+        if key not in fields:
+            near = difflib.get_close_matches(key, fields, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ConfigError(f"unknown key {key!r} in {cls.__name__}{hint}")
+
+
+def load_toml(path: Path) -> dict[str, Any]:
+    """Read one TOML file.
+
+    Raises:
+      ConfigError: unreadable or not TOML; names the file.
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"cannot read config {path}: {error}") from error
+
+
+def preset_names() -> list[str]:
+    """Return the names of the model presets that ship with the package, sorted."""
+    return sorted(path.stem for path in (configs_dir() / "models").glob("*.toml"))
+
+
+def default_max_model_len(model: ModelConfig) -> int:
+    """Return the context an engine offers when none is configured, in tokens."""
+    return min(model.max_position_embeddings, 4096)

@@ -1,0 +1,58 @@
+"""Exception types that callers may catch.
+
+Every error raised for bad input derives from `JChameleonError` and from the builtin
+that fits it (`ValueError`, `LookupError`, ...). Messages are one line and name the
+field, the value and the rule.
+"""
+
+
+class JChameleonError(Exception):
+    """Base of every error that this package raises on purpose."""
+
+
+class ConfigError(JChameleonError, ValueError):
+    """A configuration value or file is wrong."""
+
+
+class ModelLoadError(JChameleonError, ValueError):
+    """Model weights, tokenizer or template cannot be loaded."""
+
+
+class UnknownModelError(JChameleonError, LookupError):
+    """No preset and no directory or file goes by this model name."""
+
+
+class ModelFetchError(JChameleonError, RuntimeError):
+    """A preset's weights could not be fetched; the message says what to do."""
+
+
+class AdapterError(JChameleonError, ValueError):
+    """An adapter cannot be applied exactly as PEFT would, so it is refused."""
+
+
+class AdapterConflictError(AdapterError):
+    """A name is taken by an adapter with other content."""
+
+
+class UnknownAdapterError(JChameleonError, LookupError):
+    """No adapter is registered under this name."""
+
+
+class InvalidRequestError(JChameleonError, ValueError):
+    """A prompt or a sampling value is outside what the model or engine allows."""
+
+
+class CapacityError(InvalidRequestError):
+    """A request can never fit in the pool, however idle the engine is."""
+
+
+class QueueFullError(JChameleonError, RuntimeError):
+    """As many requests wait as the engine allows; try again later."""
+
+
+class RequestFailedError(JChameleonError, RuntimeError):
+    """One request failed while others went on; the message says why."""
+
+
+class EngineDeadError(JChameleonError, RuntimeError):
+    """The engine thread ended; no request can be answered any more."""

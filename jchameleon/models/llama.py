@@ -1,0 +1,167 @@
+"""The Llama family as Flax NNX modules over feature-major activations.
+
+A layer does not know where keys, values or adapters live: the caller passes `attend`
+and `adapt`. Serving passes paged attention and multi-LoRA over the pool
+(`runtime/programs.py`); training passes dense causal attention and one dense adapter
+(`models/dense.py`).
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from jchameleon.config import ModelConfig, RopeScaling
+
+Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+"""(q f[H, HD, T], k f[KVH, HD, T], v f[KVH, HD, T]) -> f[H, HD, T]."""
+
+Adapt = Callable[[str, jax.Array, jax.Array], jax.Array]
+"""(group name, x f[d_in, T], y f[N, T]) -> y plus the group's LoRA product."""
+
+
+def no_adapter(group: str, x: jax.Array, y: jax.Array) -> jax.Array:
+    """Return the base model's product unchanged."""
+    del group, x
+    return y
+
+
+class LlamaLayer(nnx.Module):
+    """One pre-norm decoder layer with fused q|k|v and gate|up projections.
+
+    Attributes:
+      attn_norm, mlp_norm: f[D].
+      qkv: f[(H + 2 KVH) HD, D], rows q | k | v.
+      o: f[D, H HD].
+      gate_up: f[2 F, D], rows gate | up.
+      down: f[D, F].
+    """
+
+    def __init__(self, config: ModelConfig, params: Mapping[str, Any]):
+        self.config = config
+        self.attn_norm = nnx.Param(params["attn_norm"])
+        self.qkv = nnx.Param(params["qkv"])
+        self.o = nnx.Param(params["o"])
+        self.mlp_norm = nnx.Param(params["mlp_norm"])
+        self.gate_up = nnx.Param(params["gate_up"])
+        self.down = nnx.Param(params["down"])
+
+    def __call__(
+        self,
+        x: jax.Array,  # f[D, T]
+        rope: tuple[jax.Array, jax.Array],  # cos, sin: f32[HD / 2, T]
+        *,
+        attend: Attend,
+        adapt: Adapt = no_adapter,
+    ) -> jax.Array:  # f[D, T]
+        """Return the residual stream after this layer."""
+        config = self.config
+        num_tokens = x.shape[1]
+        with jax.named_scope("attention"):
+            h = rms_norm(x, self.attn_norm[...], config.rms_norm_eps)
+            qkv = adapt("qkv", h, self.qkv[...] @ h)  # [q_dim + 2 kv_dim, T]
+            q, k, v = jnp.split(
+                qkv, (config.q_dim, config.q_dim + config.kv_dim), axis=0
+            )
+            q = apply_rope(q.reshape(config.num_heads, config.head_dim, -1), rope)
+            k = apply_rope(k.reshape(config.num_kv_heads, config.head_dim, -1), rope)
+            v = v.reshape(config.num_kv_heads, config.head_dim, -1)
+            out = attend(q, k, v).reshape(config.q_dim, num_tokens)
+            x = x + adapt("o", out, self.o[...] @ out)
+        with jax.named_scope("mlp"):
+            h = rms_norm(x, self.mlp_norm[...], config.rms_norm_eps)
+            gate_up = adapt("gate_up", h, self.gate_up[...] @ h)  # [2 F, T]
+            gate, up = jnp.split(gate_up, 2, axis=0)
+            h = jax.nn.silu(gate) * up
+            return x + adapt("down", h, self.down[...] @ h)
+
+
+class Llama(nnx.Module):
+    """Embedding, layers, final norm and output head.
+
+    Attributes:
+      embed: f[V, D].
+      final_norm: f[D].
+      lm_head: f[V, D], or None when the embedding is tied.
+    """
+
+    def __init__(self, config: ModelConfig, params: Mapping[str, Any]):
+        """Wrap a parameter tree (`models/loader.py`); nothing is copied or cast."""
+        self.config = config
+        self.embed = nnx.Param(params["embed"])
+        self.layers = nnx.List(
+            [LlamaLayer(config, layer) for layer in params["layers"]]
+        )
+        self.final_norm = nnx.Param(params["final_norm"])
+        self.lm_head = None if config.tie_embeddings else nnx.Param(params["lm_head"])
+
+    def embed_tokens(self, tokens: jax.Array) -> jax.Array:
+        """Return f[D, T] for tokens i32[T]; ids must lie inside the vocabulary."""
+        return self.embed[...].at[tokens].get(mode="promise_in_bounds").T
+
+    def rope(self, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Return (cos, sin), each f32[HD / 2, T], for positions i32[T]."""
+        angles = (
+            rope_frequencies(self.config)[:, None]
+            * positions.astype(jnp.float32)[None, :]
+        )
+        return jnp.cos(angles), jnp.sin(angles)
+
+    def logits(self, x: jax.Array) -> jax.Array:
+        """Return f[V, T] for the residual stream f[D, T] after the last layer."""
+        h = rms_norm(x, self.final_norm[...], self.config.rms_norm_eps)
+        head = self.embed if self.lm_head is None else self.lm_head
+        return head[...] @ h
+
+
+@jax.named_scope("rms_norm")
+def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
+    """Return x f[D, T] scaled to unit root mean square per token, times weight f[D]."""
+    wide = x.astype(jnp.float32)
+    scale = lax.rsqrt(jnp.mean(wide * wide, axis=0, keepdims=True) + eps)
+    return weight[:, None] * (wide * scale).astype(x.dtype)
+
+
+def rope_frequencies(config: ModelConfig) -> jax.Array:
+    """Return f32[HD / 2], the rotary frequency of each pair of features.
+
+    Su et al. 2021, `theta ** (-2 i / HD)`, stretched as `RopeScaling` says.
+    """
+    half = config.head_dim // 2
+    exponent = jnp.arange(half, dtype=jnp.float32) / half
+    frequencies = 1.0 / (jnp.float32(config.rope_theta) ** exponent)
+    scaling = config.rope_scaling
+    if scaling is None:
+        return frequencies
+    if scaling.kind == "linear":
+        return frequencies / scaling.factor
+    return _llama3_frequencies(frequencies, scaling)
+
+
+def _llama3_frequencies(frequencies: jax.Array, scaling: RopeScaling) -> jax.Array:
+    # Llama 3.1 release: wavelengths longer than original / low_freq_factor are
+    # stretched by factor, shorter than original / high_freq_factor kept, and the
+    # frequencies between blend linearly.
+    turns = scaling.original_max_position * frequencies / (2 * jnp.pi)
+    keep = jnp.clip(
+        (turns - scaling.low_freq_factor)
+        / (scaling.high_freq_factor - scaling.low_freq_factor),
+        0.0,
+        1.0,
+    )
+    return frequencies * (keep + (1.0 - keep) / scaling.factor)
+
+
+def apply_rope(
+    x: jax.Array,  # f[heads, HD, T]
+    rope: tuple[jax.Array, jax.Array],  # cos, sin: f32[HD / 2, T]
+) -> jax.Array:  # f[heads, HD, T]
+    """Rotate feature i with feature i + HD / 2 (Hugging Face's convention)."""
+    cos, sin = (table[None].astype(x.dtype) for table in rope)
+    first, second = jnp.split(x, 2, axis=1)
+    return jnp.concatenate(
+        [first * cos - second * sin, second * cos + first * sin], axis=1
+    )

@@ -1,0 +1,103 @@
+"""What the front doors return: outputs, pieces of them, adapters and totals."""
+
+import dataclasses
+
+from jchameleon.runtime.outbox import FinishReason, RequestTiming
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class RequestOutput:
+    """A finished request.
+
+    Attributes:
+      request_id: unique within the engine.
+      adapter: name it was asked for under; None is the base model.
+      prompt_token_ids: what the model read.
+      token_ids: what it produced, with the token that stopped it.
+      text: the tokens as text, without special tokens and before a stop string.
+      finish_reason: "stop", "length", "aborted" or "error".
+      error: what went wrong, where finish_reason is "error".
+      timing: where the time went.
+    """
+
+    request_id: str
+    adapter: str | None
+    prompt_token_ids: tuple[int, ...]
+    token_ids: tuple[int, ...]
+    text: str
+    finish_reason: FinishReason
+    error: str | None
+    timing: RequestTiming
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class RequestDelta:
+    """A piece of one request's output while it runs.
+
+    Attributes:
+      index: place of the prompt in the call.
+      request_id: unique within the engine.
+      text, token_ids: what is new since the delta before.
+      finish_reason, error, timing: set in the request's last delta only.
+    """
+
+    index: int
+    request_id: str
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason | None
+    error: str | None
+    timing: RequestTiming | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class AdapterInfo:
+    """One registered adapter as the engine sees it now.
+
+    Attributes:
+      name, uid, rank, targets, source: identity.
+      device_bytes: what it takes in the pool when resident.
+      resident: it is on the device.
+      hits, misses: requests that found it resident at admission, or did not.
+      loads, evictions: copies to the device, and removals.
+    """
+
+    name: str
+    uid: str
+    rank: int
+    targets: tuple[str, ...]
+    source: str
+    device_bytes: int
+    resident: bool
+    hits: int
+    misses: int
+    loads: int
+    evictions: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class EngineStats:
+    """Totals of an engine.
+
+    Attributes:
+      page_bytes: device bytes of one page over all layers.
+      total_pages: pages that KV blocks and adapters share.
+      kv_pages, adapter_pages, free_pages: how they are used now.
+      hits, misses, loads, load_failures, evictions: adapter cache since the start.
+      waiting, running: requests.
+      compiles: programs compiled; all of them during warm-up.
+    """
+
+    page_bytes: int
+    total_pages: int
+    kv_pages: int
+    adapter_pages: int
+    free_pages: int
+    hits: int
+    misses: int
+    loads: int
+    load_failures: int
+    evictions: int
+    waiting: int
+    running: int
+    compiles: int

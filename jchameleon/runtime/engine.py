@@ -1,0 +1,570 @@
+"""The engine: one thread that plans, loads adapters, runs steps and streams tokens.
+
+Life of a request here: `submit` validates it on the caller's thread and puts it into
+the inbox; the engine thread turns it into an `Arrival`, the planner admits it, its
+adapter is loaded if it is not resident, its prompt runs in chunks, then it decodes one
+token per iteration until a stop, a limit or a cancel; every token goes into the
+caller's outbox at once. The thread owns planner, pool, programs and all live requests;
+other threads reach it through the inbox only.
+"""
+
+import collections
+import concurrent.futures
+import dataclasses
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from jchameleon.config import EngineConfig
+from jchameleon.errors import (
+    CapacityError,
+    EngineDeadError,
+    InvalidRequestError,
+    QueueFullError,
+)
+from jchameleon.lora.adapter import HostAdapter
+from jchameleon.models.tokenizer import Tokenizer
+from jchameleon.runtime.executor import Executor, RowSampling, StepRow
+from jchameleon.runtime.outbox import Delta, FinishReason, Outbox, RequestTiming
+from jchameleon.runtime.output import OutputText
+from jchameleon.runtime.policy.events import (
+    AdapterRegistered,
+    Arrival,
+    Cancel,
+    Event,
+    LoadDone,
+    StepDone,
+)
+from jchameleon.runtime.policy.plan import Books, Plan
+from jchameleon.runtime.policy.planner import Planner
+from jchameleon.runtime.policy.request import Request
+from jchameleon.runtime.policy.residency import AdapterStats
+from jchameleon.runtime.sampler import INVALID_TOKEN
+from jchameleon.runtime.transfer import AdapterLoader
+from jchameleon.sampling import SamplingParams
+
+logger = logging.getLogger(__name__)
+
+LOAD_POLL_S = 0.002
+"""How often an otherwise idle engine looks whether a device copy has arrived."""
+
+RECORDED_STEPS = 4096
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class StepRecord:
+    """What one iteration ran, for tests, tuning and cost models.
+
+    Attributes:
+      start_s: on the engine's monotonic clock.
+      duration_s: device work and read-back of the iteration.
+      prefill: (request id, prompt tokens run) of each chunk.
+      decode: ids of the requests that decoded.
+      resident: adapters on the device.
+    """
+
+    start_s: float
+    duration_s: float
+    prefill: tuple[tuple[str, int], ...]
+    decode: tuple[str, ...]
+    resident: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Submission:
+    """A validated request on its way to the engine thread.
+
+    Attributes:
+      prompt: i32[n] token ids.
+      adapter_uid: content hash, or None for the base model.
+      outbox: where its deltas go.
+    """
+
+    request_id: str
+    prompt: np.ndarray
+    sampling: SamplingParams
+    adapter_uid: str | None
+    arrival_s: float
+    outbox: Outbox
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class _Live:
+    """A request that waits or runs; engine thread only."""
+
+    submission: Submission
+    tokens: np.ndarray  # i32[prompt + max_tokens]: prompt, then output so far
+    num_tokens: int
+    seed: tuple[int, int]
+    text: OutputText
+    pages: np.ndarray | None = None  # i32[NB]
+    cache_hit: bool | None = None
+    admitted_s: float | None = None
+    resident_s: float | None = None
+    first_token_s: float | None = None
+
+    @property
+    def produced(self) -> int:
+        return self.num_tokens - len(self.submission.prompt)
+
+
+class Engine:
+    """Runs requests until closed. All public methods may be called from any thread."""
+
+    def __init__(
+        self,
+        executor: Executor,
+        planner: Planner,
+        config: EngineConfig,
+        *,
+        tokenizer: Tokenizer | None,
+        eos_token_ids: frozenset[int],
+    ):
+        """Start the engine thread over a warmed-up executor."""
+        self.max_model_len = executor.max_model_len
+        self._executor = executor
+        self._planner = planner
+        self._config = config
+        self._tokenizer = tokenizer
+        self._eos_token_ids = eos_token_ids
+        self._random = np.random.default_rng(config.seed)
+        self._inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._loader = AdapterLoader(
+            executor.layout,
+            executor.dtype,
+            executor.device,
+            notify=lambda: self._inbox.put(None),
+        )
+        self._adapters: dict[str, HostAdapter] = {}
+        self._live: dict[str, _Live] = {}
+        self._load_pages: dict[str, tuple[int, ...]] = {}
+        self._load_waiters: dict[str, list[str]] = {}
+        self._records: collections.deque[StepRecord] = collections.deque(
+            maxlen=RECORDED_STEPS
+        )
+        self._questions: collections.deque[Any] = collections.deque()
+        self._ids_lock = threading.Lock()
+        self._open_ids: dict[str, Outbox] = {}
+        self._closing = False
+        self._death: str | None = None
+        self._thread = threading.Thread(
+            target=self._run, name="jchameleon-engine", daemon=True
+        )
+        self._thread.start()
+
+    # Any thread.
+
+    def register_adapter(self, adapter: HostAdapter) -> None:
+        """Make an adapter known; requests may name its uid from now on.
+
+        Raises:
+          AdapterError: it touches projections outside the engine's lora_targets.
+          CapacityError: it can never fit in the pool.
+        """
+        layout = self._executor.layout
+        layout.check_targets(adapter)
+        pages = layout.num_pages(adapter.rank)
+        reason = self._planner.can_ever_fit(1, 1, pages)
+        if reason is not None:
+            raise CapacityError(f"adapter {adapter.source}: {reason}")
+        self._adapters.setdefault(adapter.uid, adapter)
+        self._inbox.put(AdapterRegistered(adapter.uid, adapter.rank, pages))
+
+    def submit(
+        self,
+        request_id: str,
+        prompt: Sequence[int],
+        sampling: SamplingParams,
+        *,
+        adapter_uid: str | None,
+        outbox: Outbox,
+    ) -> None:
+        """Validate a request and queue it.
+
+        Raises:
+          InvalidRequestError: prompt or sampling is outside the engine's limits.
+          CapacityError: it can never fit in the pool.
+          QueueFullError: `max_waiting` requests are open beyond those that run.
+          EngineDeadError: the engine has stopped.
+        """
+        tokens = self.validate(prompt, sampling, adapter_uid=adapter_uid)
+        submission = Submission(
+            request_id=request_id,
+            prompt=tokens,
+            sampling=sampling,
+            adapter_uid=adapter_uid,
+            arrival_s=time.monotonic(),
+            outbox=outbox,
+        )
+        with self._ids_lock:
+            self._check_alive()
+            if request_id in self._open_ids:
+                raise InvalidRequestError(f"request_id={request_id!r} is in flight")
+            limit = self._config.max_waiting + self._config.max_running
+            if len(self._open_ids) >= limit:
+                raise QueueFullError(
+                    f"{limit} requests are open already; max_waiting="
+                    f"{self._config.max_waiting} allows no more"
+                )
+            self._open_ids[request_id] = outbox
+            # Inside the lock: after it a dying engine fails all open requests.
+            self._inbox.put(submission)
+
+    def validate(
+        self,
+        prompt: Sequence[int],
+        sampling: SamplingParams,
+        *,
+        adapter_uid: str | None,
+    ) -> np.ndarray:
+        """Return the prompt as i32[n], or raise as `submit` does."""
+        vocab_size = self._executor.model.vocab_size
+        if len(prompt) == 0:
+            raise InvalidRequestError("prompt is empty; it must have at least 1 token")
+        for token in prompt:
+            if (
+                isinstance(token, bool)
+                or not isinstance(token, int | np.integer)
+                or not 0 <= token < vocab_size
+            ):
+                raise InvalidRequestError(
+                    f"prompt has token id {token!r}, outside the vocabulary of "
+                    f"{vocab_size}"
+                )
+        total = len(prompt) + sampling.max_tokens
+        if total > self.max_model_len:
+            raise InvalidRequestError(
+                f"prompt of {len(prompt)} tokens + max_tokens={sampling.max_tokens} = "
+                f"{total} exceeds max_model_len={self.max_model_len}"
+            )
+        sampling.validate_for(vocab_size)
+        pages = 0
+        if adapter_uid is not None:
+            rank = self._adapters[adapter_uid].rank
+            pages = self._executor.layout.num_pages(rank)
+        reason = self._planner.can_ever_fit(len(prompt), sampling.max_tokens, pages)
+        if reason is not None:
+            raise CapacityError(reason)
+        return np.asarray(prompt, np.int32)
+
+    def cancel(self, request_id: str) -> None:
+        """End a request early with what it has; unknown ids are ignored."""
+        self._inbox.put(Cancel(request_id))
+
+    def books(self) -> Books:
+        """Return the planner's totals."""
+        return self._ask(self._planner.books)
+
+    def adapter_stats(self, uids: Sequence[str]) -> list[AdapterStats]:
+        """Return the counters of registered adapters."""
+        return self._ask(lambda: [self._planner.adapter_stats(uid) for uid in uids])
+
+    def check(self) -> None:
+        """Assert the planner's invariants on the engine thread (tests)."""
+        self._ask(self._planner.check)
+
+    def on_engine_thread(self, action: Callable[[], Any]) -> Any:
+        """Run `action` between two iterations and return its result (tests, tools)."""
+        return self._ask(action)
+
+    @property
+    def step_records(self) -> list[StepRecord]:
+        """The last iterations, oldest first."""
+        return list(self._records)
+
+    def close(self) -> None:
+        """Stop the thread; open requests end as "aborted"."""
+        self._closing = True
+        self._inbox.put(None)
+        self._thread.join()
+
+    # Engine thread.
+
+    def _run(self) -> None:
+        reason = "the engine was closed"
+        finish: FinishReason = "aborted"
+        try:
+            events: list[Event] = []
+            while not self._closing:
+                events = self._iterate(events)
+        except BaseException as error:  # nobody may wait for ever, whatever it was
+            logger.exception("engine thread failed")
+            reason, finish = f"engine failed: {type(error).__name__}: {error}", "error"
+        self._end_all(reason, finish)
+
+    def _iterate(self, events: list[Event]) -> list[Event]:
+        """Run one iteration and return the events it caused."""
+        # What ended in the last step first: a new request may bear its id again.
+        events = [*events, *self._receive(block=not events), *self._finished_loads()]
+        start_s = time.monotonic()
+        plan = self._planner.plan(start_s, events)
+        self._apply(plan, start_s)
+        while self._questions:  # after the plan: the books are settled now
+            _answer(*self._questions.popleft())
+        if not plan.prefill and not plan.decode:
+            return []
+        return [self._step(plan)]
+
+    def _receive(self, *, block: bool) -> list[Event]:
+        events: list[Event] = []
+        idle_wait: float | None = None
+        if self._loader.in_flight:
+            idle_wait = LOAD_POLL_S
+        while True:
+            try:
+                wait = block and not events and not self._closing
+                message = self._inbox.get(wait, idle_wait if wait else None)
+            except queue.Empty:
+                return events
+            block = False
+            match message:
+                case None:
+                    pass
+                case Submission():
+                    events.append(self._accept(message))
+                case Cancel(request_id):
+                    if request_id in self._live:
+                        events.append(message)
+                        self._finish(request_id, "aborted")
+                case (concurrent.futures.Future(), _):
+                    self._questions.append(message)
+                case _:
+                    events.append(message)
+
+    def _accept(self, submission: Submission) -> Event:
+        sampling, prompt = submission.sampling, submission.prompt
+        tokens = np.zeros(len(prompt) + sampling.max_tokens, np.int32)
+        tokens[: len(prompt)] = prompt
+        if sampling.seed is None:
+            # A half of the key space that no caller's seed reaches.
+            high, low = self._random.integers(0, 2**31, 2).tolist()
+            seed = (2**31 + high, low)
+        else:
+            seed = (0, sampling.seed)
+        self._live[submission.request_id] = _Live(
+            submission=submission,
+            tokens=tokens,
+            num_tokens=len(prompt),
+            seed=seed,
+            text=OutputText(self._tokenizer, sampling.stop),
+        )
+        return Arrival(
+            Request(
+                request_id=submission.request_id,
+                prompt_tokens=len(prompt),
+                max_tokens=sampling.max_tokens,
+                adapter_uid=submission.adapter_uid,
+                arrival_s=submission.arrival_s,
+            )
+        )
+
+    def _finished_loads(self) -> list[Event]:
+        events: list[Event] = []
+        for load in self._loader.poll():
+            pages = self._load_pages.pop(load.uid)
+            error: str | None = None
+            if load.error is None:
+                self._executor.commit(load.uid, pages, load.pieces)
+            else:
+                error = f"adapter could not be loaded: {load.error}"
+            events.append(LoadDone(load.uid, error))
+            now_s = time.monotonic()
+            for request_id in self._load_waiters.pop(load.uid, ()):
+                if request_id in self._live:
+                    self._live[request_id].resident_s = now_s
+        return events
+
+    def _apply(self, plan: Plan, now_s: float) -> None:
+        for request_id, why in plan.failed:
+            self._finish(request_id, "error", why)
+        for uid in plan.evicted:
+            self._executor.evict(uid)
+        hits = set(plan.hits)
+        for request_id, pages in plan.kv_pages:
+            live = self._live[request_id]
+            live.pages = np.zeros(self._executor.max_blocks, np.int32)
+            live.pages[: len(pages)] = pages
+            live.admitted_s = now_s
+            uid = live.submission.adapter_uid
+            if uid is not None:
+                live.cache_hit = request_id in hits
+                if not live.cache_hit:
+                    self._load_waiters.setdefault(uid, []).append(request_id)
+        for load in plan.loads:
+            self._load_pages[load.uid] = load.pages
+            self._loader.start(self._adapters[load.uid], load.pages)
+
+    def _step(self, plan: Plan) -> StepDone:
+        start_s = time.monotonic()
+        prompts = [
+            self._row(c.request_id, c.start, c.start + c.length) for c in plan.prefill
+        ]
+        rows = [
+            self._row(i, self._live[i].num_tokens - 1, self._live[i].num_tokens)
+            for i in plan.decode
+        ]
+        # Both are dispatched before either is waited for.
+        prompt_tokens = self._executor.prefill(prompts) if prompts else None
+        row_tokens = self._executor.decode(rows) if rows else None
+        drawn: list[tuple[str, int]] = []
+        if prompt_tokens is not None:
+            tokens = self._executor.fetch(prompt_tokens, prompts, prefill=True)
+            drawn += [
+                (chunk.request_id, token)
+                for chunk, row, token in zip(plan.prefill, prompts, tokens, strict=True)
+                if row.sampling is not None
+            ]
+        if row_tokens is not None:
+            tokens = self._executor.fetch(row_tokens, rows, prefill=False)
+            drawn += zip(plan.decode, tokens, strict=True)
+        now_s = time.monotonic()
+        self._records.append(
+            StepRecord(
+                start_s=start_s,
+                duration_s=now_s - start_s,
+                prefill=tuple((c.request_id, c.length) for c in plan.prefill),
+                decode=plan.decode,
+                resident=self._executor.num_resident,
+            )
+        )
+        finished = [i for i, token in drawn if self._add_token(i, token, now_s)]
+        return StepDone(
+            duration_s=now_s - start_s,
+            produced=tuple((i, 1) for i, _ in drawn),
+            finished=tuple(finished),
+        )
+
+    def _row(self, request_id: str, start: int, end: int) -> StepRow:
+        live = self._live[request_id]
+        assert live.pages is not None, "planned before it was admitted"
+        sampling = None
+        if end == live.num_tokens:
+            params = live.submission.sampling
+            sampling = RowSampling(
+                temperature=0.0 if params.greedy else params.temperature,
+                top_k=params.top_k,
+                top_p=params.top_p,
+                seed=live.seed,
+                position=end,
+            )
+        return StepRow(
+            tokens=live.tokens[start:end],
+            start=start,
+            pages=live.pages,
+            adapter_uid=live.submission.adapter_uid,
+            sampling=sampling,
+        )
+
+    def _add_token(self, request_id: str, token: int, now_s: float) -> bool:
+        """Take one drawn token; return whether the request ended."""
+        live = self._live[request_id]
+        if token == INVALID_TOKEN:
+            self._finish(request_id, "error", "logits are not finite")
+            return True
+        params = live.submission.sampling
+        live.tokens[live.num_tokens] = token
+        live.num_tokens += 1
+        if live.first_token_s is None:
+            live.first_token_s = now_s
+        reason: FinishReason | None = None
+        if token in params.stop_token_ids or (
+            token in self._eos_token_ids and not params.ignore_eos
+        ):
+            reason = "stop"
+        elif live.text.push(token):
+            reason = "stop"
+        elif live.produced == params.max_tokens:
+            reason = "length"
+        if reason is not None:
+            self._finish(request_id, reason, token_ids=(token,))
+            return True
+        delta = Delta(token_ids=(token,), text=live.text.take())
+        live.submission.outbox.put(request_id, delta)
+        return False
+
+    def _finish(
+        self,
+        request_id: str,
+        reason: FinishReason,
+        error: str | None = None,
+        *,
+        token_ids: tuple[int, ...] = (),
+    ) -> None:
+        """Send the last delta; pages return with the event that the caller reports."""
+        live = self._live.pop(request_id)
+        submission = live.submission
+        now_s = time.monotonic()
+        arrival_s = submission.arrival_s
+        admitted_s = now_s if live.admitted_s is None else live.admitted_s
+        load_s = 0.0
+        if live.cache_hit is False:
+            load_s = (
+                now_s if live.resident_s is None else live.resident_s
+            ) - admitted_s
+        first_s = live.first_token_s
+        delta = Delta(
+            token_ids=token_ids,
+            text=live.text.close(),
+            finish_reason=reason,
+            error=error,
+            timing=RequestTiming(
+                queue_s=admitted_s - arrival_s,
+                adapter_load_s=max(0.0, load_s),
+                ttft_s=None if first_s is None else first_s - arrival_s,
+                total_s=now_s - arrival_s,
+                adapter_cache_hit=live.cache_hit,
+            ),
+        )
+        with self._ids_lock:
+            del self._open_ids[request_id]
+        submission.outbox.put(request_id, delta)
+
+    def _end_all(self, reason: str, finish: FinishReason) -> None:
+        """Answer everything still open; nothing is accepted from here on."""
+        with self._ids_lock:
+            self._death = reason
+        for request_id in list(self._live):
+            self._finish(request_id, finish, reason)
+        for request_id, outbox in list(self._open_ids.items()):
+            # Submitted, but never seen by this thread.
+            outbox.put(request_id, Delta(finish_reason=finish, error=reason))
+        self._open_ids.clear()
+        while True:
+            try:
+                message = self._inbox.get_nowait()
+            except queue.Empty:
+                break
+            if isinstance(message, tuple):
+                self._questions.append(message)
+        for future, _ in self._questions:
+            future.set_exception(EngineDeadError(reason))
+        self._loader.close()
+
+    # Helpers.
+
+    def _ask(self, action: Callable[[], Any]) -> Any:
+        if threading.current_thread() is self._thread:
+            return action()
+        future: concurrent.futures.Future = concurrent.futures.Future()
+        with self._ids_lock:
+            self._check_alive()
+            self._inbox.put((future, action))
+        return future.result()
+
+    def _check_alive(self) -> None:
+        if self._death is not None:
+            raise EngineDeadError(self._death)
+
+
+def _answer(future: concurrent.futures.Future, action: Callable[[], Any]) -> None:
+    try:
+        future.set_result(action())
+    except BaseException as error:
+        future.set_exception(error)  # whatever it is, somebody waits for an answer
+        if not isinstance(error, Exception):
+            raise

@@ -1,0 +1,87 @@
+"""What an engine sends back for a request, and where the caller picks it up."""
+
+import collections
+import dataclasses
+import threading
+from typing import Literal
+
+FinishReason = Literal["stop", "length", "aborted", "error"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class RequestTiming:
+    """Where a request's time went, in seconds from its arrival.
+
+    Attributes:
+      queue_s: until it was admitted.
+      adapter_load_s: from admission until its adapter was resident; 0 for a hit.
+      ttft_s: until its first token.
+      total_s: until it ended.
+      adapter_cache_hit: its adapter was resident at admission; None for the base model.
+    """
+
+    queue_s: float
+    adapter_load_s: float
+    ttft_s: float | None
+    total_s: float
+    adapter_cache_hit: bool | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Delta:
+    """Output of one request since the delta before it.
+
+    Attributes:
+      token_ids: new tokens; a token that ended the request is included.
+      text: new text that no later token can change.
+      finish_reason: set in the last delta only.
+      error: why, where finish_reason is "error".
+      timing: set in the last delta only.
+    """
+
+    token_ids: tuple[int, ...] = ()
+    text: str = ""
+    finish_reason: FinishReason | None = None
+    error: str | None = None
+    timing: RequestTiming | None = None
+
+    def then(self, later: "Delta") -> "Delta":
+        """Return both deltas as one."""
+        return Delta(
+            token_ids=self.token_ids + later.token_ids,
+            text=self.text + later.text,
+            finish_reason=later.finish_reason,
+            error=later.error,
+            timing=later.timing,
+        )
+
+
+class Outbox:
+    """Deltas of several requests on their way to one caller.
+
+    Bounded without ever blocking the engine: at most one delta waits per request, and
+    a further one is merged into it, so a slow reader costs no more memory than the
+    output itself.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: collections.OrderedDict[str, Delta] = collections.OrderedDict()
+        self._filled = threading.Condition()
+
+    def put(self, request_id: str, delta: Delta) -> None:
+        """Add a delta (engine thread)."""
+        with self._filled:
+            before = self._waiting.get(request_id)
+            self._waiting[request_id] = delta if before is None else before.then(delta)
+            self._filled.notify()
+
+    def get(self, timeout_s: float | None = None) -> tuple[str, Delta]:
+        """Wait for the next (request id, delta).
+
+        Raises:
+          TimeoutError: nothing came within `timeout_s`.
+        """
+        with self._filled:
+            if not self._filled.wait_for(lambda: bool(self._waiting), timeout_s):
+                raise TimeoutError(f"no output within {timeout_s} s")
+            return self._waiting.popitem(last=False)

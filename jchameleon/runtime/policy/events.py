@@ -1,0 +1,66 @@
+"""What happened since the last plan: the only input that changes a planner."""
+
+import dataclasses
+from typing import TypeAlias
+
+from jchameleon.runtime.policy.request import Request
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Arrival:
+    """A validated request joins the waiting line."""
+
+    request: Request
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Cancel:
+    """The caller went away; an id that is unknown or already ended is ignored."""
+
+    request_id: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class AdapterRegistered:
+    """An adapter may be named by requests from now on; a known uid is ignored.
+
+    Attributes:
+      rank: its largest rank over modules and layers.
+      num_pages: device pages that it takes when resident.
+    """
+
+    uid: str
+    rank: int
+    num_pages: int
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ValueError(f"rank={self.rank} must be at least 1")
+        if self.num_pages < 1:
+            raise ValueError(f"num_pages={self.num_pages} must be at least 1")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class LoadDone:
+    """A load that a plan started has arrived, or failed with the reason `error`."""
+
+    uid: str
+    error: str | None = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class StepDone:
+    """The engine ran one plan.
+
+    Attributes:
+      duration_s: wall time of the step.
+      produced: (request id, tokens sampled for it in this step).
+      finished: ids of requests that ended in this step, for any reason.
+    """
+
+    duration_s: float
+    produced: tuple[tuple[str, int], ...] = ()
+    finished: tuple[str, ...] = ()
+
+
+Event: TypeAlias = Arrival | Cancel | AdapterRegistered | LoadDone | StepDone

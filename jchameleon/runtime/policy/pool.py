@@ -1,0 +1,99 @@
+"""Who owns which device page: the books of the one pool, in plain integers."""
+
+from collections.abc import Hashable
+
+from jchameleon.errors import JChameleonError
+
+ZERO_PAGE = 0
+"""All zeros, never written: padding of adapter tables points there."""
+
+TRASH_PAGE = 1
+"""Padding rows write there; nobody reads it."""
+
+RESERVED_PAGES = 2
+
+
+class PoolExhausted(JChameleonError, RuntimeError):
+    """Fewer pages are free than were asked for; nothing was changed."""
+
+
+class PagePool:
+    """Hand out pages 2 .. num_pages - 1 to owners, each page to one owner at a time.
+
+    Raises:
+      ValueError: the pool has no page beside the two reserved ones.
+    """
+
+    def __init__(self, num_pages: int) -> None:
+        if num_pages <= RESERVED_PAGES:
+            raise ValueError(f"num_pages={num_pages} must be above {RESERVED_PAGES}")
+        self.num_pages = num_pages
+        # A stack with the lowest page on top: what was freed last is reused first.
+        self._free = list(range(num_pages - 1, RESERVED_PAGES - 1, -1))
+        self._owned: dict[Hashable, tuple[int, ...]] = {}
+
+    @property
+    def free_pages(self) -> int:
+        """Pages that nobody owns, without the two reserved ones."""
+        return len(self._free)
+
+    def reserve(self, owner: Hashable, count: int) -> tuple[int, ...]:
+        """Give `count` >= 1 free pages to a new owner and return them in order.
+
+        Raises:
+          PoolExhausted: fewer than `count` pages are free.
+          ValueError: `count` < 1, or `owner` owns pages already.
+        """
+        if count < 1:
+            raise ValueError(f"count={count} of {owner!r} must be at least 1")
+        if owner in self._owned:
+            raise ValueError(f"owner={owner!r} owns pages already")
+        if count > len(self._free):
+            raise PoolExhausted(
+                f"{owner!r} needs {count} pages, {len(self._free)} are free"
+            )
+        pages = tuple(reversed(self._free[-count:]))
+        del self._free[-count:]
+        self._owned[owner] = pages
+        return pages
+
+    def commit(self, owner: Hashable, new_owner: Hashable) -> None:
+        """Hand all pages of `owner` to `new_owner`, in the same order.
+
+        Raises:
+          KeyError: `owner` owns nothing.
+          ValueError: `new_owner` owns pages already.
+        """
+        if new_owner in self._owned:
+            raise ValueError(f"new_owner={new_owner!r} owns pages already")
+        self._owned[new_owner] = self._owned.pop(owner)
+
+    def free(self, owner: Hashable) -> int:
+        """Take back all pages of `owner` and return how many there were.
+
+        Raises:
+          KeyError: `owner` owns nothing.
+        """
+        pages = self._owned.pop(owner)
+        self._free.extend(reversed(pages))
+        return len(pages)
+
+    def pages_of(self, owner: Hashable) -> tuple[int, ...]:
+        """Return the pages of `owner` in the order in which they were handed out.
+
+        Raises:
+          KeyError: `owner` owns nothing.
+        """
+        return self._owned[owner]
+
+    def owners(self) -> tuple[Hashable, ...]:
+        """Return everyone who owns pages, oldest first."""
+        return tuple(self._owned)
+
+    def check(self) -> None:
+        """Assert that free and owned pages are exactly 2 .. num_pages - 1."""
+        pages = self._free + [p for owned in self._owned.values() for p in owned]
+        assert sorted(pages) == list(range(RESERVED_PAGES, self.num_pages)), (
+            "pages lost, doubled or reserved ones handed out"
+        )
+        assert all(self._owned.values()), "an owner without pages"

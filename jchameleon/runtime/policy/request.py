@@ -1,0 +1,28 @@
+"""What a policy knows of a request: its lengths and its adapter, never its tokens."""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Request:
+    """One request as policies see it.
+
+    Attributes:
+      request_id: unique among the requests that wait or run.
+      prompt_tokens: prompt length, at least 1.
+      max_tokens: most tokens it may produce, at least 1.
+      adapter_uid: content hash of its adapter; None is the bare base model.
+      arrival_s: when the edge accepted it, on the engine's clock.
+    """
+
+    request_id: str
+    prompt_tokens: int
+    max_tokens: int
+    adapter_uid: str | None = None
+    arrival_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.prompt_tokens < 1:
+            raise ValueError(f"prompt_tokens={self.prompt_tokens} must be at least 1")
+        if self.max_tokens < 1:
+            raise ValueError(f"max_tokens={self.max_tokens} must be at least 1")

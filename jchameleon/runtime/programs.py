@@ -1,0 +1,172 @@
+"""The step program: tokens in, logits and an updated pool out.
+
+Prefill and decode are one traced function at two tile widths. Layers are unrolled (a
+scan over stacked weights copies every weight each step) and each is one inner `jit`,
+so tracing cost does not grow with depth.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jchameleon.config import ModelConfig
+from jchameleon.lora.layout import ChunkLayout
+from jchameleon.models.llama import Llama
+from jchameleon.pallas.multi_lora import LoraWork, multi_lora
+from jchameleon.pallas.paged_attention import paged_attention, write_kv
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class StepBatch:
+    """Everything a step needs beside parameters and pool.
+
+    Attributes:
+      tokens: i32[T].
+      positions: i32[T]; 0 for padding.
+      kv_pages: i32[T], page that takes each token's key and value.
+      page_table: i32[NT, NB], pages of each tile's request; 0 pads.
+      context_tokens: i32[NT], last position of the tile + 1; 1 for padding.
+      logit_tokens: i32[NT], the token of each tile whose logits are wanted.
+      lora: the adapters' work list.
+    """
+
+    tokens: jax.Array
+    positions: jax.Array
+    kv_pages: jax.Array
+    page_table: jax.Array
+    context_tokens: jax.Array
+    logit_tokens: jax.Array
+    lora: LoraWork
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelParams:
+    """A model split into what a program is compiled for and what it is called with.
+
+    Attributes:
+      treedef: structure of the NNX module; static and hashable.
+      leaves: the parameter arrays, in the order of `treedef`. A flat tuple keeps
+        dispatch cheap: no module is walked per step.
+    """
+
+    treedef: Any
+    leaves: tuple[jax.Array, ...]
+
+    @classmethod
+    def from_model(cls, model: Llama) -> "ModelParams":
+        """Split `model`; the arrays are shared, not copied."""
+        graphdef, state = nnx.split(model)
+        leaves, treedef = jax.tree.flatten(state)
+        return cls((graphdef, treedef), tuple(leaves))
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all parameters."""
+        return sum(leaf.nbytes for leaf in self.leaves)
+
+
+def merge_model(treedef: Any, leaves: Sequence[jax.Array]) -> Llama:
+    """Rebuild the NNX module inside a traced function."""
+    graphdef, state_treedef = treedef
+    return nnx.merge(graphdef, jax.tree.unflatten(state_treedef, leaves))
+
+
+def model_step(
+    leaves: tuple[jax.Array, ...],
+    pools: list[jax.Array],  # L of f[P, E], donated
+    batch: StepBatch,
+    *,
+    treedef: Any,
+    layout: ChunkLayout,
+    block_tokens: int,
+) -> tuple[jax.Array, list[jax.Array]]:
+    """Return logits f32[V, NT] of each tile's `logit_tokens`, and the new pools."""
+    model = merge_model(treedef, leaves)
+    rope = model.rope(batch.positions)
+    x = model.embed_tokens(batch.tokens)
+    new_pools = []
+    for layer, pool in zip(model.layers, pools, strict=True):
+        graphdef, state = nnx.split(layer)
+        x, pool = _layer_step(
+            state,
+            x,
+            rope,
+            pool,
+            batch,
+            graphdef=graphdef,
+            layout=layout,
+            block_tokens=block_tokens,
+        )
+        new_pools.append(pool)
+    logits = model.logits(x[:, batch.logit_tokens])
+    return logits.astype(jnp.float32), new_pools
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "layout", "block_tokens"))
+def _layer_step(
+    state: Any,
+    x: jax.Array,
+    rope: tuple[jax.Array, jax.Array],
+    pool: jax.Array,
+    batch: StepBatch,
+    *,
+    graphdef: Any,
+    layout: ChunkLayout,
+    block_tokens: int,
+) -> tuple[jax.Array, jax.Array]:
+    layer = nnx.merge(graphdef, state)
+    config: ModelConfig = layer.config
+    groups = {group.name: group for group in layout.groups}
+    # The adapters' pages are never written in a step, so LoRA reads the pool as it
+    # came in and only attention sees the one with this step's keys and values.
+    new_pool = pool
+
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        nonlocal new_pool
+        new_pool = write_kv(
+            new_pool,
+            k,
+            v,
+            batch.kv_pages,
+            batch.positions % block_tokens,
+            block_tokens=block_tokens,
+        )
+        return paged_attention(
+            q,
+            new_pool,
+            batch.page_table,
+            batch.positions,
+            batch.context_tokens,
+            kv_heads=config.num_kv_heads,
+            block_tokens=block_tokens,
+        )
+
+    def adapt(name: str, h: jax.Array, y: jax.Array) -> jax.Array:
+        if name not in groups:
+            return y
+        return multi_lora(y, h, new_pool, batch.lora, group=groups[name])
+
+    x = layer(x, rope, attend=attend, adapt=adapt)
+    return x, new_pool
+
+
+def commit_load(
+    pools: list[jax.Array],  # L of f[P, E], donated
+    pages: jax.Array,  # i32[N]
+    block: jax.Array,  # f[L, N, E]
+) -> list[jax.Array]:
+    """Return the pools with a loaded piece of an adapter in its pages.
+
+    Padding rows repeat a real row with its page, so writing them twice is harmless;
+    that is why the indices are not declared unique.
+    """
+    return [
+        pool.at[pages].set(block[layer], mode="promise_in_bounds")
+        for layer, pool in enumerate(pools)
+    ]

@@ -1,0 +1,177 @@
+"""Put an engine together: what is configured, what the model allows, what fits."""
+
+from collections.abc import Iterable
+
+import jax
+import jax.numpy as jnp
+
+from jchameleon.config import (
+    ATTENTION_PROJECTIONS,
+    PREFILL_TILE_TOKENS,
+    PROJECTIONS,
+    EngineConfig,
+    ModelConfig,
+    default_max_model_len,
+)
+from jchameleon.errors import ConfigError
+from jchameleon.lora.adapter import HostAdapter
+from jchameleon.lora.layout import ChunkLayout
+from jchameleon.models.embedded import home_dir
+from jchameleon.models.llama import Llama
+from jchameleon.models.loader import LoadedModel
+from jchameleon.runtime.engine import Engine
+from jchameleon.runtime.executor import Executor
+from jchameleon.runtime.policy.planner import Planner, PlannerConfig
+from jchameleon.runtime.policy.registry import create_policy
+from jchameleon.runtime.programs import ModelParams
+
+DEFAULT_POOL_BYTES = 1 << 30
+"""Pool of an engine that is given none, on a device that does not tell its memory."""
+
+
+def build_executor(
+    loaded: LoadedModel, config: EngineConfig, adapters: Iterable[HostAdapter]
+) -> tuple[Executor, Planner]:
+    """Return a warmed-up executor and a planner for its pool.
+
+    Args:
+      loaded: the model on the host.
+      config: limits and policies.
+      adapters: those known at start; they widen the LoRA targets where the config
+        leaves them open.
+
+    Raises:
+      ConfigError: the configuration contradicts the model or itself; before any
+        device work.
+    """
+    model = loaded.config
+    max_model_len = resolve_max_model_len(config, model)
+    layout = chunk_layout(model, config, adapters)
+    num_pages = resolve_num_pages(config, model, layout, max_model_len)
+    planner = build_planner(config, num_pages)
+    use_compilation_cache()
+    executor = Executor(
+        place_params(loaded),
+        model,
+        config,
+        layout,
+        num_pages=num_pages,
+        max_model_len=max_model_len,
+    )
+    executor.warm_up()
+    return executor, planner
+
+
+def start_engine(
+    loaded: LoadedModel, config: EngineConfig, executor: Executor, planner: Planner
+) -> Engine:
+    """Return a running engine."""
+    eos = frozenset(loaded.config.eos_token_ids)
+    if loaded.tokenizer is not None:
+        eos |= frozenset(loaded.tokenizer.eos_token_ids)
+    return Engine(
+        executor, planner, config, tokenizer=loaded.tokenizer, eos_token_ids=eos
+    )
+
+
+def use_compilation_cache() -> None:
+    """Keep compiled programs under `home_dir()`, unless the caller set a folder.
+
+    Raises:
+      ConfigError: the folder cannot be written.
+    """
+    if jax.config.values["jax_compilation_cache_dir"]:
+        return
+    folder = home_dir() / "xla"
+    try:
+        # Programs are code: nobody else may write here.
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        probe = folder / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(
+            f"cannot write the compilation cache {folder}: {error}; set "
+            "JCHAMELEON_HOME to a writable folder"
+        ) from error
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def resolve_max_model_len(config: EngineConfig, model: ModelConfig) -> int:
+    """Return the longest prompt + output; ConfigError where the model allows less."""
+    if config.max_model_len is None:
+        return default_max_model_len(model)
+    if config.max_model_len > model.max_position_embeddings:
+        raise ConfigError(
+            f"max_model_len={config.max_model_len} exceeds the model's context of "
+            f"{model.max_position_embeddings}"
+        )
+    return config.max_model_len
+
+
+def page_elems(config: EngineConfig, model: ModelConfig) -> int:
+    """Return elements of a page in one layer: keys and values of one block."""
+    return 2 * model.kv_dim * config.kv_block_tokens
+
+
+def chunk_layout(
+    model: ModelConfig, config: EngineConfig, adapters: Iterable[HostAdapter]
+) -> ChunkLayout:
+    """Return the layout for the configured targets, or for those of `adapters`."""
+    targets = config.lora_targets
+    if targets is None:
+        touched = set(ATTENTION_PROJECTIONS).union(*(a.targets for a in adapters))
+        targets = tuple(p for p in PROJECTIONS if p in touched)
+    return ChunkLayout(model, targets, page_elems(config, model))
+
+
+def resolve_num_pages(
+    config: EngineConfig, model: ModelConfig, layout: ChunkLayout, max_model_len: int
+) -> int:
+    """Return the pages of the pool, the two reserved ones included.
+
+    Raises:
+      ConfigError: pool_bytes holds not even one block beside the reserved pages.
+    """
+    itemsize = jnp.dtype(config.dtype).itemsize
+    page_bytes = layout.page_elems * itemsize * model.num_layers
+    if config.pool_bytes is not None:
+        pages = config.pool_bytes // page_bytes
+        if pages < 3:
+            raise ConfigError(
+                f"pool_bytes={config.pool_bytes} must hold at least 3 pages of "
+                f"{page_bytes} bytes"
+            )
+        return pages
+    # More than all rows at full length, and as much again in adapters, is never used.
+    blocks = -(-max_model_len // config.kv_block_tokens)
+    useful = 2 * config.max_running * blocks
+    least = 2 + blocks + layout.num_pages(config.max_lora_rank)
+    return max(least, min(useful, DEFAULT_POOL_BYTES // page_bytes))
+
+
+def build_planner(config: EngineConfig, num_pages: int) -> Planner:
+    """Return a planner with the configured policies."""
+    return Planner(
+        PlannerConfig(
+            num_pages=num_pages,
+            block_tokens=config.kv_block_tokens,
+            max_running=config.max_running,
+            max_batch_tokens=config.max_batch_tokens,
+            max_loads_in_flight=config.max_loads_in_flight,
+            prefill_tile_tokens=PREFILL_TILE_TOKENS,
+        ),
+        admission=create_policy("admission", config.admission),
+        eviction=create_policy("eviction", config.eviction),
+        predictor=create_policy("predictor", config.predictor),
+        prefetch=create_policy("prefetch", "none"),
+    )
+
+
+def place_params(loaded: LoadedModel) -> ModelParams:
+    """Put a loaded parameter tree on the default device."""
+    return ModelParams.from_model(
+        Llama(loaded.config, jax.tree.map(jnp.asarray, loaded.params))
+    )

@@ -1,0 +1,20 @@
+"""Rules that hold for every test."""
+
+import os
+
+import hypothesis
+
+# Read by jax when it is first imported, here and in the processes that tests start:
+# no silent widening of dtypes, no silent broadcasting of ranks.
+os.environ["JAX_NUMPY_DTYPE_PROMOTION"] = "strict"
+os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
+
+# A shared machine may stall any example, and its time says nothing about the code. The
+# seed is fixed, so that a run fails for what changed and not for what was drawn.
+hypothesis.settings.register_profile(
+    "tests",
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("tests")

@@ -1,0 +1,377 @@
+"""Hugging Face directories: config translation and weights, against transformers."""
+
+import json
+from pathlib import Path
+
+import ml_dtypes
+import model_files
+import numpy as np
+import pytest
+from model_files import tiny_tensors, write_hf, write_index, write_json
+from safetensors.numpy import save_file
+
+from jchameleon.config import RopeScaling
+from jchameleon.errors import ModelLoadError
+from jchameleon.models.hf import load_hf_config, load_hf_params
+from jchameleon.models.params import tensor_views
+
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "factor": 32.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+def load_views(directory: Path, dtype: str) -> dict[str, np.ndarray]:
+    config = load_hf_config(directory)
+    return tensor_views(config, load_hf_params(directory, config, dtype=dtype))
+
+
+def test_config_plain_llama_translates(tmp_path):
+    config = load_hf_config(write_hf(tmp_path / "my-model"))
+    assert config.name == "my-model"
+    assert (config.vocab_size, config.hidden_size, config.head_dim) == (96, 32, 8)
+    assert (config.num_heads, config.num_kv_heads, config.num_layers) == (4, 2, 2)
+    assert config.intermediate_size == 64
+    assert config.max_position_embeddings == 128
+    assert config.rms_norm_eps == 1e-5
+    assert config.rope_scaling is None
+    assert config.bos_token_id == 1
+    assert config.eos_token_ids == (2,)
+    assert not config.tie_embeddings
+
+
+def test_config_optional_fields_absent_take_llama_defaults(tmp_path):
+    directory = write_hf(
+        tmp_path,
+        num_key_value_heads=None,
+        rope_theta=None,
+        rms_norm_eps=None,
+        max_position_embeddings=None,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    config = load_hf_config(directory)
+    assert config.num_kv_heads == 4
+    assert config.rope_theta == 10000.0
+    assert config.rms_norm_eps == 1e-6
+    assert config.max_position_embeddings == 2048
+    assert config.bos_token_id is None
+    assert config.eos_token_ids == ()
+
+
+def test_config_head_dim_given_goes_before_division(tmp_path):
+    assert load_hf_config(write_hf(tmp_path, head_dim=16)).head_dim == 16
+
+
+@pytest.mark.parametrize(
+    ("fields", "theta", "scaling"),
+    [
+        ({"rope_scaling": LLAMA3_ROPE, "rope_theta": 500000.0}, 500000.0, "llama3"),
+        ({"rope_parameters": {**LLAMA3_ROPE, "rope_theta": 5e5}}, 500000.0, "llama3"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, 10000.0, "linear"),
+        (
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 123.0}},
+            123.0,
+            None,
+        ),
+        ({"rope_parameters": {"rope_theta": 7.0}, "rope_theta": None}, 7.0, None),
+    ],
+)
+def test_config_rope_spellings_translate(tmp_path, fields, theta, scaling):
+    config = load_hf_config(write_hf(tmp_path, **fields))
+    assert config.rope_theta == theta
+    if scaling == "llama3":
+        assert config.rope_scaling == RopeScaling(
+            kind="llama3",
+            factor=32.0,
+            low_freq_factor=1.0,
+            high_freq_factor=4.0,
+            original_max_position=8192,
+        )
+    elif scaling == "linear":
+        assert config.rope_scaling == RopeScaling(kind="linear", factor=2.0)
+    else:
+        assert config.rope_scaling is None
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"model_type": "mistral"}, ["model_type", "mistral"]),
+        ({"attention_bias": True}, ["attention_bias", "True"]),
+        ({"mlp_bias": True}, ["mlp_bias", "True"]),
+        ({"hidden_act": "gelu"}, ["hidden_act", "gelu"]),
+        ({"pretraining_tp": 2}, ["pretraining_tp", "2"]),
+        ({"quantization_config": {"quant_method": "awq"}}, ["quantization_", "awq"]),
+        ({"sliding_window": 4096}, ["sliding_window", "4096"]),
+        ({"partial_rotary_factor": 0.5}, ["partial_rotary_factor", "0.5"]),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, ["yarn"]),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, ["dynamic"]),
+        ({"rope_parameters": {"full_attention": {}}}, ["full_attention"]),
+        ({"rope_scaling": {"type": "linear"}}, ["factor", "None"]),
+        ({"rope_scaling": {"type": "linear", "factor": 0.5}}, ["factor", "0.5"]),
+        ({"rope_scaling": {**LLAMA3_ROPE, "attention_factor": 2}}, ["attention_fac"]),
+        ({"rope_scaling": [1]}, ["rope_scaling"]),
+        ({"hidden_size": "32"}, ["hidden_size", "'32'"]),
+        ({"num_hidden_layers": 0}, ["num_layers", "0"]),
+        ({"num_attention_heads": 5}, ["num_attention_heads", "5"]),
+        ({"num_attention_heads": 0}, ["num_attention_heads", "0"]),
+        ({"num_key_value_heads": 3}, ["num_kv_heads", "3"]),
+        ({"num_key_value_heads": "2"}, ["num_kv_heads"]),
+        ({"intermediate_size": None}, ["intermediate_size"]),
+        ({"eos_token_id": 96}, ["96"]),
+        ({"eos_token_id": "2"}, ["eos_token_id"]),
+        ({"bos_token_id": 1.5}, ["bos_token_id"]),
+        ({"tie_word_embeddings": 1}, ["tie_word_embeddings"]),
+        ({"rms_norm_eps": "x"}, ["rms_norm_eps"]),
+    ],
+)
+def test_config_unsupported_value_is_refused_by_name(tmp_path, fields, words):
+    tensors = tiny_tensors()
+    with pytest.raises(ModelLoadError) as raised:
+        load_hf_config(write_hf(tmp_path, tensors=tensors, **fields))
+    assert "\n" not in str(raised.value)
+    for word in words:
+        assert word in str(raised.value)
+
+
+@pytest.mark.parametrize("content", ["", "[1]", "{", "\xff", "[" * 100_000])
+def test_config_unreadable_is_refused(tmp_path, content):
+    (tmp_path / "config.json").write_bytes(content.encode("latin-1"))
+    with pytest.raises(ModelLoadError, match="config.json"):
+        load_hf_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("config_eos", "generation", "expected"),
+    [
+        ([2, 3], None, (2, 3)),
+        (2, {"eos_token_id": [5, 6, 5]}, (5, 6)),
+        (2, {"eos_token_id": 7}, (7,)),
+        (2, {}, (2,)),
+    ],
+)
+def test_config_eos_generation_config_goes_first(
+    tmp_path, config_eos, generation, expected
+):
+    write_hf(tmp_path, eos_token_id=config_eos)
+    if generation is not None:
+        write_json(tmp_path / "generation_config.json", generation)
+    assert load_hf_config(tmp_path).eos_token_ids == expected
+
+
+def test_params_fused_rows_are_in_order(tmp_path):
+    tensors = tiny_tensors()
+    config = load_hf_config(write_hf(tmp_path, tensors=tensors))
+    params = load_hf_params(tmp_path, config, dtype="float32")
+    prefix = "model.layers.1."
+    q, k, v = (tensors[f"{prefix}self_attn.{p}_proj.weight"] for p in "qkv")
+    gate, up = (tensors[f"{prefix}mlp.{p}_proj.weight"] for p in ("gate", "up"))
+    layer = params["layers"][1]
+    np.testing.assert_array_equal(layer["qkv"], np.concatenate([q, k, v]))
+    np.testing.assert_array_equal(layer["gate_up"], np.concatenate([gate, up]))
+    np.testing.assert_array_equal(
+        layer["mlp_norm"], tensors[prefix + "post_attention_layernorm.weight"]
+    )
+    np.testing.assert_array_equal(params["lm_head"], tensors["lm_head.weight"])
+    assert set(params) == {"embed", "final_norm", "lm_head", "layers"}
+    assert set(layer) == {"attn_norm", "qkv", "o", "mlp_norm", "gate_up", "down"}
+
+
+def test_params_tied_have_no_head(tmp_path):
+    write_hf(tmp_path, tie_word_embeddings=True)
+    params = load_hf_params(tmp_path, load_hf_config(tmp_path), dtype="float32")
+    assert "lm_head" not in params
+
+
+def test_params_tied_with_stored_head_must_agree(tmp_path):
+    tensors = tiny_tensors()
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+    write_hf(tmp_path, tensors=tensors, tie_word_embeddings=True)
+    assert "lm_head.weight" not in load_views(tmp_path, "float32")
+    tensors["lm_head.weight"] = tensors["lm_head.weight"] + 1
+    write_hf(tmp_path, tensors=tensors, tie_word_embeddings=True)
+    with pytest.raises(ModelLoadError, match="lm_head.weight differs"):
+        load_views(tmp_path, "float32")
+
+
+def test_params_rope_buffers_are_ignored(tmp_path):
+    tensors = tiny_tensors()
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(4, np.float32)
+    write_hf(tmp_path, tensors=tensors)
+    assert len(load_views(tmp_path, "float32")) == len(tensors) - 1
+
+
+@pytest.mark.parametrize("stored", [np.float16, ml_dtypes.bfloat16, np.float32])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_params_dtypes_convert_as_numpy_does(tmp_path, stored, dtype):
+    tensors = {name: t.astype(stored) for name, t in tiny_tensors().items()}
+    write_hf(tmp_path, tensors=tensors)
+    target = np.float32 if dtype == "float32" else ml_dtypes.bfloat16
+    for name, view in load_views(tmp_path, dtype).items():
+        assert view.dtype == target
+        np.testing.assert_array_equal(view, tensors[name].astype(target))
+
+
+def drop(tensors):
+    del tensors["model.layers.1.mlp.down_proj.weight"]
+
+
+def add(tensors):
+    tensors["model.layers.0.self_attn.q_proj.bias"] = np.zeros(32, np.float32)
+
+
+def reshape(tensors):
+    name = "model.layers.0.mlp.down_proj.weight"
+    tensors[name] = np.ascontiguousarray(tensors[name].T)
+
+
+def retype(tensors):
+    tensors["model.norm.weight"] = np.ones(32, np.int32)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (drop, ["model.layers.1.mlp.down_proj.weight", "missing"]),
+        (add, ["q_proj.bias", "unexpected"]),
+        (reshape, ["down_proj.weight", "[64, 32]", "[32, 64]"]),
+        (retype, ["model.norm.weight", "I32"]),
+    ],
+)
+def test_params_other_tensors_than_needed_are_refused(tmp_path, change, words):
+    tensors = tiny_tensors()
+    change(tensors)
+    write_hf(tmp_path, tensors=tensors)
+    with pytest.raises(ModelLoadError) as raised:
+        load_views(tmp_path, "float32")
+    for word in words:
+        assert word in str(raised.value)
+
+
+def test_params_absurd_layer_count_fails_at_once(tmp_path):
+    write_hf(tmp_path, tensors=tiny_tensors(), num_hidden_layers=10**9)
+    with pytest.raises(ModelLoadError, match="model.layers.2.input_layernorm"):
+        load_views(tmp_path, "float32")
+
+
+def test_params_pickled_only_is_refused_unread(tmp_path):
+    write_hf(tmp_path)
+    (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
+    with pytest.raises(ModelLoadError, match=r"pytorch_model\.bin.*refused"):
+        load_views(tmp_path, "float32")
+
+
+def test_params_no_weights_is_refused(tmp_path):
+    write_hf(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(ModelLoadError, match=r"model\.safetensors"):
+        load_views(tmp_path, "float32")
+
+
+@pytest.mark.parametrize("keep_bytes", [0, 7, 100, 20_000])
+def test_params_truncated_file_is_refused(tmp_path, keep_bytes):
+    write_hf(tmp_path)
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:keep_bytes])
+    with pytest.raises(ModelLoadError, match=r"cannot read .*model\.safetensors"):
+        load_views(tmp_path, "float32")
+
+
+def split_tensors() -> dict[str, dict[str, np.ndarray]]:
+    tensors = tiny_tensors()
+    names = sorted(tensors)
+    return {
+        "a.safetensors": {name: tensors[name] for name in names[::2]},
+        "b.safetensors": {name: tensors[name] for name in names[1::2]},
+    }
+
+
+def test_index_two_shards_load(tmp_path):
+    write_index(write_hf(tmp_path), split_tensors())
+    views = load_views(tmp_path, "float32")
+    for name, tensor in tiny_tensors().items():
+        np.testing.assert_array_equal(views[name], tensor)
+
+
+@pytest.mark.parametrize(
+    "name", ["../a.safetensors", "/etc/a.safetensors", "x/a.safetensors", "a.bin", 3]
+)
+def test_index_file_outside_directory_is_refused(tmp_path, name):
+    write_index(write_hf(tmp_path), split_tensors())
+    path = tmp_path / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"]["lm_head.weight"] = name
+    write_json(path, index)
+    with pytest.raises(ModelLoadError, match=r"lm_head.weight.*same directory"):
+        load_views(tmp_path, "float32")
+
+
+def test_index_tensor_in_two_shards_is_refused(tmp_path):
+    shards = split_tensors()
+    write_index(write_hf(tmp_path), shards)
+    twice = {**shards["b.safetensors"], **dict([min(shards["a.safetensors"].items())])}
+    save_file(twice, tmp_path / "b.safetensors")
+    with pytest.raises(ModelLoadError, match=r"lm_head.weight.*not placed there"):
+        load_views(tmp_path, "float32")
+
+
+def test_index_tensor_absent_from_shard_is_refused(tmp_path):
+    shards = split_tensors()
+    write_index(write_hf(tmp_path), shards)
+    del shards["a.safetensors"]["lm_head.weight"]
+    save_file(shards["a.safetensors"], tmp_path / "a.safetensors")
+    with pytest.raises(ModelLoadError, match=r"lm_head.weight.*missing"):
+        load_views(tmp_path, "float32")
+
+
+def test_index_shard_file_absent_is_refused(tmp_path):
+    write_index(write_hf(tmp_path), split_tensors())
+    (tmp_path / "b.safetensors").unlink()
+    with pytest.raises(ModelLoadError, match=r"cannot read .*b\.safetensors"):
+        load_views(tmp_path, "float32")
+
+
+@pytest.mark.parametrize("weight_map", [None, {}, []])
+def test_index_without_map_is_refused(tmp_path, weight_map):
+    write_index(write_hf(tmp_path), split_tensors())
+    write_json(tmp_path / "model.safetensors.index.json", {"weight_map": weight_map})
+    with pytest.raises(ModelLoadError, match="weight_map"):
+        load_views(tmp_path, "float32")
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize("stored", ["float32", "bfloat16"])
+def test_params_saved_by_transformers_are_equal(tmp_path, tied, sharded, stored):
+    transformers = pytest.importorskip("transformers", reason="needs transformers")
+    torch = pytest.importorskip("torch", reason="needs torch")
+    torch.manual_seed(3)
+    rope = {**LLAMA3_ROPE, "rope_theta": 5e5} if tied else None
+    config = transformers.LlamaConfig(
+        **{**model_files.CONFIG, "tie_word_embeddings": tied},
+        head_dim=16,
+        rope_parameters=rope,
+    )
+    model = transformers.LlamaForCausalLM(config).to(getattr(torch, stored))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_()
+    shard = {"max_shard_size": "10KB"} if sharded else {}
+    model.save_pretrained(tmp_path, **shard)
+    assert (tmp_path / "model.safetensors.index.json").exists() == sharded
+
+    ours = load_hf_config(tmp_path)
+    assert ours.tie_embeddings == tied
+    assert ours.head_dim == 16
+    assert (ours.rope_scaling is not None) == tied
+    state = model.state_dict()
+    for dtype in ("float32", "bfloat16"):
+        views = load_views(tmp_path, dtype)
+        assert set(views) == set(state) - ({"lm_head.weight"} if tied else set())
+        for name, view in views.items():
+            expected = state[name].to(getattr(torch, dtype)).float().numpy()
+            np.testing.assert_array_equal(view.astype(np.float32), expected)

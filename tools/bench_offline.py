@@ -1,0 +1,341 @@
+"""Measure offline throughput with many adapters, ours and transformers + PEFT.
+
+16 requests at once, 128 random prompt tokens, 32 output tokens, greedy,
+end-of-sequence ignored; random adapters on q, k, v, o with ranks 8, 16, 32, 64 in
+turn. All systems run in this process on the same dequantised weights, prompts and
+adapter directories. Rows are run in turn, forwards and backwards, so that a machine
+that drifts drifts for all of them: ratios within one run mean something, figures of
+different runs do not compare.
+
+    python tools/bench_offline.py --json out.json     # all of it
+    python tools/bench_offline.py --no-peers --engine max_batch_tokens=2048
+    python tools/bench_offline.py --quick             # a tiny model, in seconds
+"""
+
+import argparse
+import dataclasses
+import gc
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from bench_machine import calibrate, describe_machine, hold_to_cores, versions
+from bench_peers import PACKAGES as PEER_PACKAGES
+from bench_peers import Peers, missing_packages
+from bench_workload import (
+    QUICK,
+    Case,
+    Sample,
+    Settings,
+    floor,
+    make_cases,
+    paired_ratios,
+    random_prompts,
+    same_outputs,
+    spread,
+)
+from random_adapters import write_random_adapter
+
+from jchameleon import LLM, SamplingParams
+from jchameleon.config import ModelConfig
+from jchameleon.models.loader import load_model
+
+PACKAGES = ("jchameleon", "numpy", "jax", "jaxlib", "flax", *PEER_PACKAGES)
+
+
+class Ours:
+    """Two engines, so that base rows with and without adapters run in turn."""
+
+    def __init__(self, settings: Settings, adapters: Mapping[str, Path], folder: Path):
+        """Start both; `folder` takes the adapters of cold cases."""
+        options = {
+            "dtype": settings.dtype,
+            "lora_targets": settings.targets,
+            **settings.engine,
+        }
+        self._settings = settings
+        self._folder = folder
+        self._num_cold = 0
+        self._plain = LLM(settings.model, **options)
+        self._llm = LLM(settings.model, adapters=adapters, **options)
+
+    def run(
+        self, case: Case, prompts: list[list[int]], *, output_tokens: int
+    ) -> Sample:
+        """Make the case's adapters resident, or new where it is cold, and time it."""
+        llm = self._plain if case.system == "plain" else self._llm
+        names = case.names(len(prompts))
+        if case.cold:
+            names = self._add_new_adapters(case)
+        elif case.adapters:
+            once = SamplingParams(max_tokens=1, temperature=0.0)
+            llm.generate([[0]] * len(prompts), adapters=names, sampling=once)
+        sampling = SamplingParams(
+            max_tokens=output_tokens, temperature=0.0, ignore_eos=True
+        )
+        start_s = time.monotonic()
+        outs = llm.generate(prompts, adapters=names, sampling=sampling)
+        wall_s = time.monotonic() - start_s
+        ttft_s = [out.timing.ttft_s for out in outs if out.timing.ttft_s is not None]
+        if any(len(out.token_ids) != output_tokens for out in outs):
+            raise RuntimeError(f"{case.label}: {[out.error for out in outs]}")
+        records = [r for r in llm.step_records if r.start_s >= start_s]
+        return Sample(
+            wall_s=wall_s,
+            ttft_s=ttft_s,
+            decode_step_s=[
+                r.duration_s
+                for r in records
+                if not r.prefill and len(r.decode) == len(prompts)
+            ],
+            prefill_s=sum(r.duration_s for r in records if r.prefill),
+            misses=sum(out.timing.adapter_cache_hit is False for out in outs),
+            tokens=[out.token_ids for out in outs],
+        )
+
+    def close(self) -> None:
+        """Stop both engines."""
+        self._plain.close()
+        self._llm.close()
+
+    def _add_new_adapters(self, case: Case) -> list[str | None]:
+        """Register adapters whose content the engine has never seen."""
+        self._num_cold += 1
+        paths = write_adapters(
+            self._settings,
+            self._llm.model_config,
+            {f"{n}-{self._num_cold}": rank for n, rank in case.adapters.items()},
+            self._folder,
+            seed=self._settings.seed + 10_000 * self._num_cold,
+        )
+        for name, path in paths.items():
+            self._llm.add_adapter(name, path)
+        return list(paths)
+
+
+def write_adapters(
+    settings: Settings,
+    model: ModelConfig,
+    ranks: Mapping[str, int],
+    folder: Path,
+    *,
+    seed: int,
+) -> dict[str, Path]:
+    """Write one random adapter per name and return their directories."""
+    return {
+        name: write_random_adapter(
+            folder / name, model, rank=rank, targets=settings.targets, seed=seed + i
+        )
+        for i, (name, rank) in enumerate(ranks.items())
+    }
+
+
+def measure(
+    settings: Settings, cases: Sequence[Case]
+) -> tuple[ModelConfig, dict[str, list[Sample]]]:
+    """Run every case once, shortened, and then `repeats` times, all in turn."""
+    samples: dict[str, list[Sample]] = {case.key: [] for case in cases}
+    ranks = {name: rank for case in cases for name, rank in case.adapters.items()}
+    of_peers = {n for c in cases if c.system == "peers" for n in c.adapters}
+    loaded = load_model(settings.model, dtype="float32")
+    model = loaded.config
+    with tempfile.TemporaryDirectory(prefix="bench-adapters-") as work:
+        folder = Path(work)
+        paths = write_adapters(settings, model, ranks, folder, seed=settings.seed)
+        systems: dict[str, Any] = {}
+        if settings.peers:
+            peer_paths = {name: paths[name] for name in paths if name in of_peers}
+            systems["peers"] = Peers(settings, loaded, peer_paths)
+        del loaded
+        ours = Ours(settings, paths, folder)
+        systems |= {"plain": ours, "ours": ours}
+        try:
+            for repeat in range(settings.repeats + 1):
+                # New prompts each time: none may profit from having seen them.
+                prompts = random_prompts(
+                    settings, model.vocab_size, settings.seed + repeat
+                )
+                for case in cases[:: -1 if repeat % 2 else 1]:
+                    gc.collect()
+                    sample = systems[case.system].run(
+                        case,
+                        prompts,
+                        output_tokens=settings.output_tokens if repeat else 2,
+                    )
+                    if repeat:  # the first warms up
+                        samples[case.key].append(sample)
+                print(f"round {repeat} of {settings.repeats} done", file=sys.stderr)
+        finally:
+            ours.close()
+    return model, samples
+
+
+def summarise(case: Case, runs: Sequence[Sample], floor_s: dict) -> dict[str, Any]:
+    """Return one row: medians and spreads over the repeats."""
+    wall_s = statistics.median(run.wall_s for run in runs)
+    steps_ms = [1e3 * statistics.median(run.decode_step_s) for run in runs]
+    return {
+        "key": case.key,
+        "label": case.label,
+        "system": case.system,
+        "adapters": case.adapters,
+        "out_tokens_per_s": spread([run.tokens_per_s for run in runs]),
+        "wall_s": [run.wall_s for run in runs],
+        "ttft_median_s": spread([statistics.median(run.ttft_s) for run in runs]),
+        "ttft_last_s": spread([max(run.ttft_s) for run in runs]),
+        "prefill_s": spread([run.prefill_s for run in runs]),
+        "decode_step_ms": spread(steps_ms),
+        "adapter_misses": sum(run.misses for run in runs),
+        "floor": floor_s,
+        "wall_over_floor": wall_s / floor_s["total_s"],
+    }
+
+
+def run_bench(settings: Settings, *, peers_note: str) -> dict[str, Any]:
+    """Measure everything and return the report that is printed and kept as JSON."""
+    calibration_sizes = {
+        "threads": settings.threads,
+        "gemm_width": settings.gemm_width,
+        "read_bytes": settings.read_bytes,
+    }
+    cases = make_cases(settings)
+    before = calibrate(**calibration_sizes)
+    model, samples = measure(settings, cases)
+    after = calibrate(**calibration_sizes)
+    best = {name: max(before[name], after[name]) for name in before}
+    return {
+        "settings": dataclasses.asdict(settings),
+        "machine": describe_machine(),
+        "versions": versions(PACKAGES),
+        "peers": peers_note,
+        "calibration": {"start": before, "end": after},
+        "rows": [
+            summarise(case, samples[case.key], floor(model, settings, case, **best))
+            for case in cases
+        ],
+        "ratios": paired_ratios(samples),
+        "same_outputs": {
+            f"{first} = {second}": same_outputs(samples, first, second)
+            for first, second in (
+                ("plain", "base"),
+                ("base", "peer_base"),
+                ("few", "peer_few"),
+                ("mixed", "peer_mixed"),
+                ("mixed", "base"),
+            )
+            if first in samples and second in samples
+        },
+    }
+
+
+def print_report(report: Mapping[str, Any]) -> None:
+    """Print the report for people."""
+    settings, machine = report["settings"], report["machine"]
+    found = ", ".join(f"{k} {v}" for k, v in report["versions"].items() if v)
+    print(
+        f"{settings['model']} {settings['dtype']}: {settings['num_requests']} requests "
+        f"at once, {settings['prompt_tokens']} prompt + {settings['output_tokens']} "
+        f"output tokens, adapters on {','.join(settings['targets'])}; median "
+        f"[min-max] of {settings['repeats']} interleaved runs"
+    )
+    print(f"engine: {settings['engine'] or 'defaults'}; peers: {report['peers']}")
+    print(
+        f"machine: {machine['cpu']}, {machine['cores_in_use']} of {machine['cores']} "
+        f"cores, {machine['device']}\nversions: {found}"
+    )
+    for when, rates in report["calibration"].items():
+        print(
+            f"calibration at {when}: {rates['gemm_gflops']:.0f} GFLOP/s, "
+            f"{rates['read_gbps']:.1f} GB/s"
+        )
+    print(
+        f"\n{'':36} {'output tok/s':>22} {'TTFT s':>7} {'last':>6} {'decode ms':>10} "
+        f"{'floor s':>8} {'x floor':>8}"
+    )
+    for row in report["rows"]:
+        owner = "" if row["system"] == "peers" else "ours: "
+        print(
+            f"{owner + row['label']:36} {shown(row['out_tokens_per_s'], 1):>22} "
+            f"{row['ttft_median_s']['median']:7.2f} {row['ttft_last_s']['median']:6.2f}"
+            f" {row['decode_step_ms']['median']:10.1f} {row['floor']['total_s']:8.2f} "
+            f"{row['wall_over_floor']:8.2f}"
+        )
+        if row["adapter_misses"] and row["key"] != "cold":
+            print(f"  {row['adapter_misses']} requests waited for adapters: pool small")
+    print("\nratios of output tok/s")
+    for name, values in report["ratios"].items():
+        print(f"{name:36} {shown(values, 2):>22}")
+    print("\nrequests with the same tokens")
+    for name, share in report["same_outputs"].items():
+        print(f"{name:36} {share:22.0%}")
+
+
+def shown(values: Mapping[str, float], digits: int) -> str:
+    """Return "median [min-max]"."""
+    median, low, high = (f"{values[k]:.{digits}f}" for k in ("median", "min", "max"))
+    return f"{median} [{low}-{high}]"
+
+
+def option(text: str) -> tuple[str, Any]:
+    """Parse NAME=VALUE; the value is JSON, or else a string."""
+    name, found, value = text.partition("=")
+    if not found:
+        raise argparse.ArgumentTypeError(f"{text!r} must be NAME=VALUE")
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError:
+        return name, value
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", help="preset, directory or GGUF file")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"))
+    parser.add_argument("--repeats", type=int, help="timed runs of each row")
+    parser.add_argument("--threads", type=int, help="cores to use")
+    parser.add_argument("--seed", type=int)
+    parser.add_argument(
+        "--engine",
+        type=option,
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="a field of EngineConfig; may be repeated",
+    )
+    parser.add_argument(
+        "--peers",
+        action=argparse.BooleanOptionalAction,
+        help="run transformers + PEFT too (default: where installed and not --quick)",
+    )
+    parser.add_argument("--quick", action="store_true", help="a tiny model, no peers")
+    parser.add_argument("--json", type=Path, help="write the report here")
+    args = parser.parse_args()
+
+    values = dict(QUICK) if args.quick else {}
+    for name in ("model", "dtype", "repeats", "threads", "seed"):
+        if getattr(args, name) is not None:
+            values[name] = getattr(args, name)
+    values["engine"] = {**values.get("engine", {}), **dict(args.engine)}
+    peers = not args.quick if args.peers is None else args.peers
+    note = "run" if peers else "not asked for"
+    if peers and (missing := missing_packages()):
+        peers, note = False, f"not run, {', '.join(missing)} not installed"
+    settings = Settings(**values, peers=peers)
+    if settings.repeats < 1 or settings.threads < 1:
+        parser.error("--repeats and --threads must be at least 1")
+    hold_to_cores(settings.threads)
+    report = run_bench(settings, peers_note=note)
+    print_report(report)
+    if args.json is not None:
+        args.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
