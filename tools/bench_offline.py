@@ -41,11 +41,11 @@ from bench_workload import (
 )
 from random_adapters import write_random_adapter
 
-from jchameleon import LLM, SamplingParams
+from jchameleon import LLM, SamplingParams, __version__
 from jchameleon.config import ModelConfig
 from jchameleon.models.loader import load_model
 
-PACKAGES = ("jchameleon", "numpy", "jax", "jaxlib", "flax", *PEER_PACKAGES)
+PACKAGES = ("numpy", "jax", "jaxlib", "flax", *PEER_PACKAGES)
 
 
 class Ours:
@@ -85,14 +85,12 @@ class Ours:
         if any(len(out.token_ids) != output_tokens for out in outs):
             raise RuntimeError(f"{case.label}: {[out.error for out in outs]}")
         records = [r for r in llm.step_records if r.start_s >= start_s]
+        decodes = [r for r in records if not r.prefill]
+        widest = max((len(r.decode) for r in decodes), default=0)
         return Sample(
             wall_s=wall_s,
             ttft_s=ttft_s,
-            decode_step_s=[
-                r.duration_s
-                for r in records
-                if not r.prefill and len(r.decode) == len(prompts)
-            ],
+            decode_step_s=[r.duration_s for r in decodes if len(r.decode) == widest],
             prefill_s=sum(r.duration_s for r in records if r.prefill),
             misses=sum(out.timing.adapter_cache_hit is False for out in outs),
             tokens=[out.token_ids for out in outs],
@@ -178,7 +176,7 @@ def measure(
 def summarise(case: Case, runs: Sequence[Sample], floor_s: dict) -> dict[str, Any]:
     """Return one row: medians and spreads over the repeats."""
     wall_s = statistics.median(run.wall_s for run in runs)
-    steps_ms = [1e3 * statistics.median(run.decode_step_s) for run in runs]
+    steps_s = [run.decode_step_s for run in runs if run.decode_step_s]
     return {
         "key": case.key,
         "label": case.label,
@@ -189,7 +187,7 @@ def summarise(case: Case, runs: Sequence[Sample], floor_s: dict) -> dict[str, An
         "ttft_median_s": spread([statistics.median(run.ttft_s) for run in runs]),
         "ttft_last_s": spread([max(run.ttft_s) for run in runs]),
         "prefill_s": spread([run.prefill_s for run in runs]),
-        "decode_step_ms": spread(steps_ms),
+        "decode_step_ms": spread([1e3 * statistics.median(s) for s in steps_s]),
         "adapter_misses": sum(run.misses for run in runs),
         "floor": floor_s,
         "wall_over_floor": wall_s / floor_s["total_s"],
@@ -211,7 +209,7 @@ def run_bench(settings: Settings, *, peers_note: str) -> dict[str, Any]:
     return {
         "settings": dataclasses.asdict(settings),
         "machine": describe_machine(),
-        "versions": versions(PACKAGES),
+        "versions": {"jchameleon": __version__, **versions(PACKAGES)},
         "peers": peers_note,
         "calibration": {"start": before, "end": after},
         "rows": [
@@ -266,7 +264,9 @@ def print_report(report: Mapping[str, Any]) -> None:
             f"{row['wall_over_floor']:8.2f}"
         )
         if row["adapter_misses"] and row["key"] != "cold":
-            print(f"  {row['adapter_misses']} requests waited for adapters: pool small")
+            print(
+                f"  {row['adapter_misses']} requests waited for adapters; raise pool_bytes"
+            )
     print("\nratios of output tok/s")
     for name, values in report["ratios"].items():
         print(f"{name:36} {shown(values, 2):>22}")

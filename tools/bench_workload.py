@@ -1,6 +1,7 @@
 """The offline workload: who asks for what, what a run yields, and its floor."""
 
 import dataclasses
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -42,8 +43,9 @@ class Settings:
 QUICK: dict[str, Any] = {
     "model": "tiny",
     "prompt_tokens": 16,
-    "output_tokens": 4,
-    "engine": {"max_model_len": 64, "max_running": 16, "max_batch_tokens": 128},
+    "output_tokens": 8,
+    "engine": {"max_model_len": 64, "max_running": 16, "pool_bytes": 64 << 20},
+    "repeats": 1,
     "gemm_width": 256,
     "read_bytes": 8 << 20,
 }
@@ -79,7 +81,7 @@ class Sample:
 
     Attributes:
       ttft_s: per request.
-      decode_step_s: of each step that decoded all requests and did nothing else.
+      decode_step_s: of the steps that ran no prompts, those with the most rows.
       prefill_s: of all steps that ran prompts.
       misses: requests that had to wait for their adapter.
       tokens: output of each request.
@@ -147,7 +149,9 @@ RATIOS = (
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """Return median, min and max."""
+    """Return median, min and max; NaN where there are no values."""
+    if not values:
+        return dict.fromkeys(("median", "min", "max"), math.nan)
     median = statistics.median(values)
     return {"median": median, "min": min(values), "max": max(values)}
 

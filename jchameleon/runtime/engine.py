@@ -29,9 +29,9 @@ from jchameleon.errors import (
 )
 from jchameleon.lora.adapter import HostAdapter
 from jchameleon.models.tokenizer import Tokenizer
-from jchameleon.runtime.executor import Executor, RowSampling, StepRow
-from jchameleon.runtime.outbox import Delta, FinishReason, Outbox, RequestTiming
-from jchameleon.runtime.output import OutputText
+from jchameleon.runtime.executor import Executor
+from jchameleon.runtime.live import LiveRequest, Submission
+from jchameleon.runtime.outbox import Delta, FinishReason, Outbox
 from jchameleon.runtime.policy.events import (
     AdapterRegistered,
     Arrival,
@@ -75,44 +75,6 @@ class StepRecord:
     resident: int
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Submission:
-    """A validated request on its way to the engine thread.
-
-    Attributes:
-      prompt: i32[n] token ids.
-      adapter_uid: content hash, or None for the base model.
-      outbox: where its deltas go.
-    """
-
-    request_id: str
-    prompt: np.ndarray
-    sampling: SamplingParams
-    adapter_uid: str | None
-    arrival_s: float
-    outbox: Outbox
-
-
-@dataclasses.dataclass(slots=True, eq=False)
-class _Live:
-    """A request that waits or runs; engine thread only."""
-
-    submission: Submission
-    tokens: np.ndarray  # i32[prompt + max_tokens]: prompt, then output so far
-    num_tokens: int
-    seed: tuple[int, int]
-    text: OutputText
-    pages: np.ndarray | None = None  # i32[NB]
-    cache_hit: bool | None = None
-    admitted_s: float | None = None
-    resident_s: float | None = None
-    first_token_s: float | None = None
-
-    @property
-    def produced(self) -> int:
-        return self.num_tokens - len(self.submission.prompt)
-
-
 class Engine:
     """Runs requests until closed. All public methods may be called from any thread."""
 
@@ -141,7 +103,7 @@ class Engine:
             notify=lambda: self._inbox.put(None),
         )
         self._adapters: dict[str, HostAdapter] = {}
-        self._live: dict[str, _Live] = {}
+        self._live: dict[str, LiveRequest] = {}
         self._load_pages: dict[str, tuple[int, ...]] = {}
         self._load_waiters: dict[str, list[str]] = {}
         self._records: collections.deque[StepRecord] = collections.deque(
@@ -337,26 +299,20 @@ class Engine:
                     events.append(message)
 
     def _accept(self, submission: Submission) -> Event:
-        sampling, prompt = submission.sampling, submission.prompt
-        tokens = np.zeros(len(prompt) + sampling.max_tokens, np.int32)
-        tokens[: len(prompt)] = prompt
+        sampling = submission.sampling
         if sampling.seed is None:
             # A half of the key space that no caller's seed reaches.
             high, low = self._random.integers(0, 2**31, 2).tolist()
             seed = (2**31 + high, low)
         else:
             seed = (0, sampling.seed)
-        self._live[submission.request_id] = _Live(
-            submission=submission,
-            tokens=tokens,
-            num_tokens=len(prompt),
-            seed=seed,
-            text=OutputText(self._tokenizer, sampling.stop),
+        self._live[submission.request_id] = LiveRequest(
+            submission, seed=seed, tokenizer=self._tokenizer
         )
         return Arrival(
             Request(
                 request_id=submission.request_id,
-                prompt_tokens=len(prompt),
+                prompt_tokens=len(submission.prompt),
                 max_tokens=sampling.max_tokens,
                 adapter_uid=submission.adapter_uid,
                 arrival_s=submission.arrival_s,
@@ -376,25 +332,23 @@ class Engine:
             now_s = time.monotonic()
             for request_id in self._load_waiters.pop(load.uid, ()):
                 if request_id in self._live:
-                    self._live[request_id].resident_s = now_s
+                    self._live[request_id].adapter_arrived(now_s)
         return events
 
     def _apply(self, plan: Plan, now_s: float) -> None:
         for request_id, why in plan.failed:
             self._finish(request_id, "error", why)
-        for uid in plan.evicted:
-            self._executor.evict(uid)
+        for evicted_uid in plan.evicted:
+            self._executor.evict(evicted_uid)
         hits = set(plan.hits)
         for request_id, pages in plan.kv_pages:
-            live = self._live[request_id]
-            live.pages = np.zeros(self._executor.max_blocks, np.int32)
-            live.pages[: len(pages)] = pages
-            live.admitted_s = now_s
+            live, hit = self._live[request_id], request_id in hits
+            live.admit(
+                pages, max_blocks=self._executor.max_blocks, hit=hit, now_s=now_s
+            )
             uid = live.submission.adapter_uid
-            if uid is not None:
-                live.cache_hit = request_id in hits
-                if not live.cache_hit:
-                    self._load_waiters.setdefault(uid, []).append(request_id)
+            if uid is not None and not hit:
+                self._load_waiters.setdefault(uid, []).append(request_id)
         for load in plan.loads:
             self._load_pages[load.uid] = load.pages
             self._loader.start(self._adapters[load.uid], load.pages)
@@ -402,12 +356,11 @@ class Engine:
     def _step(self, plan: Plan) -> StepDone:
         start_s = time.monotonic()
         prompts = [
-            self._row(c.request_id, c.start, c.start + c.length) for c in plan.prefill
+            self._live[c.request_id].row(c.start, c.start + c.length)
+            for c in plan.prefill
         ]
-        rows = [
-            self._row(i, self._live[i].num_tokens - 1, self._live[i].num_tokens)
-            for i in plan.decode
-        ]
+        lives = [self._live[request_id] for request_id in plan.decode]
+        rows = [live.row(live.num_tokens - 1, live.num_tokens) for live in lives]
         # Both are dispatched before either is waited for.
         prompt_tokens = self._executor.prefill(prompts) if prompts else None
         row_tokens = self._executor.decode(rows) if rows else None
@@ -439,52 +392,17 @@ class Engine:
             finished=tuple(finished),
         )
 
-    def _row(self, request_id: str, start: int, end: int) -> StepRow:
-        live = self._live[request_id]
-        assert live.pages is not None, "planned before it was admitted"
-        sampling = None
-        if end == live.num_tokens:
-            params = live.submission.sampling
-            sampling = RowSampling(
-                temperature=0.0 if params.greedy else params.temperature,
-                top_k=params.top_k,
-                top_p=params.top_p,
-                seed=live.seed,
-                position=end,
-            )
-        return StepRow(
-            tokens=live.tokens[start:end],
-            start=start,
-            pages=live.pages,
-            adapter_uid=live.submission.adapter_uid,
-            sampling=sampling,
-        )
-
     def _add_token(self, request_id: str, token: int, now_s: float) -> bool:
         """Take one drawn token; return whether the request ended."""
-        live = self._live[request_id]
         if token == INVALID_TOKEN:
             self._finish(request_id, "error", "logits are not finite")
             return True
-        params = live.submission.sampling
-        live.tokens[live.num_tokens] = token
-        live.num_tokens += 1
-        if live.first_token_s is None:
-            live.first_token_s = now_s
-        reason: FinishReason | None = None
-        if token in params.stop_token_ids or (
-            token in self._eos_token_ids and not params.ignore_eos
-        ):
-            reason = "stop"
-        elif live.text.push(token):
-            reason = "stop"
-        elif live.produced == params.max_tokens:
-            reason = "length"
+        live = self._live[request_id]
+        reason = live.add(token, now_s, eos_token_ids=self._eos_token_ids)
         if reason is not None:
             self._finish(request_id, reason, token_ids=(token,))
             return True
-        delta = Delta(token_ids=(token,), text=live.text.take())
-        live.submission.outbox.put(request_id, delta)
+        live.submission.outbox.put(request_id, live.delta(token))
         return False
 
     def _finish(
@@ -497,32 +415,12 @@ class Engine:
     ) -> None:
         """Send the last delta; pages return with the event that the caller reports."""
         live = self._live.pop(request_id)
-        submission = live.submission
-        now_s = time.monotonic()
-        arrival_s = submission.arrival_s
-        admitted_s = now_s if live.admitted_s is None else live.admitted_s
-        load_s = 0.0
-        if live.cache_hit is False:
-            load_s = (
-                now_s if live.resident_s is None else live.resident_s
-            ) - admitted_s
-        first_s = live.first_token_s
-        delta = Delta(
-            token_ids=token_ids,
-            text=live.text.close(),
-            finish_reason=reason,
-            error=error,
-            timing=RequestTiming(
-                queue_s=admitted_s - arrival_s,
-                adapter_load_s=max(0.0, load_s),
-                ttft_s=None if first_s is None else first_s - arrival_s,
-                total_s=now_s - arrival_s,
-                adapter_cache_hit=live.cache_hit,
-            ),
+        delta = live.last_delta(
+            reason, time.monotonic(), error=error, token_ids=token_ids
         )
         with self._ids_lock:
             del self._open_ids[request_id]
-        submission.outbox.put(request_id, delta)
+        live.submission.outbox.put(request_id, delta)
 
     def _end_all(self, reason: str, finish: FinishReason) -> None:
         """Answer everything still open; nothing is accepted from here on."""
@@ -564,7 +462,8 @@ class Engine:
 def _answer(future: concurrent.futures.Future, action: Callable[[], Any]) -> None:
     try:
         future.set_result(action())
+    except Exception as error:  # belongs to who asked, not to the engine
+        future.set_exception(error)
     except BaseException as error:
-        future.set_exception(error)  # whatever it is, somebody waits for an answer
-        if not isinstance(error, Exception):
-            raise
+        future.set_exception(EngineDeadError(f"{type(error).__name__}: {error}"))
+        raise

@@ -1,0 +1,146 @@
+"""A request while it waits or runs: its tokens, pages, text and time marks."""
+
+import dataclasses
+
+import numpy as np
+
+from jchameleon.models.tokenizer import Tokenizer
+from jchameleon.runtime.executor import RowSampling, StepRow
+from jchameleon.runtime.outbox import Delta, FinishReason, Outbox, RequestTiming
+from jchameleon.runtime.output import OutputText
+from jchameleon.sampling import SamplingParams
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Submission:
+    """A validated request on its way to the engine thread.
+
+    Attributes:
+      prompt: i32[n] token ids.
+      adapter_uid: content hash, or None for the base model.
+      outbox: where its deltas go.
+    """
+
+    request_id: str
+    prompt: np.ndarray
+    sampling: SamplingParams
+    adapter_uid: str | None
+    arrival_s: float
+    outbox: Outbox
+
+
+class LiveRequest:
+    """Engine-side state of one request; engine thread only.
+
+    Attributes:
+      submission: what was asked.
+      num_tokens: prompt and output tokens so far.
+    """
+
+    def __init__(
+        self,
+        submission: Submission,
+        *,
+        seed: tuple[int, int],
+        tokenizer: Tokenizer | None,
+    ):
+        prompt, sampling = submission.prompt, submission.sampling
+        self.submission = submission
+        self.num_tokens = len(prompt)
+        self._tokens = np.zeros(len(prompt) + sampling.max_tokens, np.int32)
+        self._tokens[: len(prompt)] = prompt
+        self._seed = seed
+        self._text = OutputText(tokenizer, sampling.stop)
+        self._pages: np.ndarray | None = None  # i32[NB]
+        self._cache_hit: bool | None = None
+        self._admitted_s: float | None = None
+        self._resident_s: float | None = None
+        self._first_token_s: float | None = None
+
+    def admit(
+        self, pages: tuple[int, ...], *, max_blocks: int, hit: bool, now_s: float
+    ) -> None:
+        """Take the KV pages that the plan hands out; `hit`: its adapter is resident."""
+        self._pages = np.zeros(max_blocks, np.int32)
+        self._pages[: len(pages)] = pages
+        self._admitted_s = now_s
+        if self.submission.adapter_uid is not None:
+            self._cache_hit = hit
+
+    def adapter_arrived(self, now_s: float) -> None:
+        """Note that the adapter it waited for is resident."""
+        self._resident_s = now_s
+
+    def row(self, start: int, end: int) -> StepRow:
+        """Return tokens `start` to `end` as part of a step, drawing after the last."""
+        assert self._pages is not None, "planned before it was admitted"
+        sampling = None
+        if end == self.num_tokens:
+            params = self.submission.sampling
+            sampling = RowSampling(
+                temperature=0.0 if params.greedy else params.temperature,
+                top_k=params.top_k,
+                top_p=params.top_p,
+                seed=self._seed,
+                position=end,
+            )
+        return StepRow(
+            tokens=self._tokens[start:end],
+            start=start,
+            pages=self._pages,
+            adapter_uid=self.submission.adapter_uid,
+            sampling=sampling,
+        )
+
+    def add(
+        self, token: int, now_s: float, *, eos_token_ids: frozenset[int]
+    ) -> FinishReason | None:
+        """Append a drawn token and return why the request ends here, if it does."""
+        params = self.submission.sampling
+        self._tokens[self.num_tokens] = token
+        self.num_tokens += 1
+        if self._first_token_s is None:
+            self._first_token_s = now_s
+        if token in params.stop_token_ids:
+            return "stop"
+        if token in eos_token_ids and not params.ignore_eos:
+            return "stop"
+        if self._text.push(token):
+            return "stop"
+        if self.num_tokens == len(self._tokens):
+            return "length"
+        return None
+
+    def delta(self, token: int) -> Delta:
+        """Return what is new with `token`."""
+        return Delta(token_ids=(token,), text=self._text.take())
+
+    def last_delta(
+        self,
+        reason: FinishReason,
+        now_s: float,
+        *,
+        error: str | None = None,
+        token_ids: tuple[int, ...] = (),
+    ) -> Delta:
+        """Return the end of the output, with the request's timing."""
+        arrival_s = self.submission.arrival_s
+        admitted_s = now_s if self._admitted_s is None else self._admitted_s
+        load_s = 0.0
+        if self._cache_hit is False:
+            resident_s = now_s if self._resident_s is None else self._resident_s
+            load_s = max(0.0, resident_s - admitted_s)
+        first_s = self._first_token_s
+        return Delta(
+            token_ids=token_ids,
+            text=self._text.close(),
+            finish_reason=reason,
+            error=error,
+            timing=RequestTiming(
+                queue_s=admitted_s - arrival_s,
+                adapter_load_s=load_s,
+                ttft_s=None if first_s is None else first_s - arrival_s,
+                total_s=now_s - arrival_s,
+                adapter_cache_hit=self._cache_hit,
+            ),
+        )
