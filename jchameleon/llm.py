@@ -65,7 +65,7 @@ class LLM:
             for name, path in (adapters or {}).items()
         }
         # Bad input is found by here or by the first lines of this; then device work.
-        self._executor, planner = build_executor(loaded, config, given.values())
+        self._executor, planner = build_executor(loaded, config, list(given.values()))
         self._engine = start_engine(loaded, config, self._executor, planner)
         self._ids = itertools.count()
         try:

@@ -1,6 +1,7 @@
 """The front door: arguments, bad input before any work, names, stops, streams."""
 
 import math
+import time
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from jchameleon.config import ModelConfig
 from jchameleon.errors import (
     AdapterConflictError,
     AdapterError,
+    CapacityError,
     ConfigError,
     InvalidRequestError,
     JChameleonError,
@@ -340,6 +342,13 @@ def test_rank_above_the_limit_is_refused(tmp_path):
     )
     with pytest.raises(AdapterError, match="40"):
         LLM(model="tiny", adapters={"b": tmp_path / "big"}, max_lora_rank=32, **SMALL)
+
+
+def test_adapter_larger_than_the_pool_is_refused_before_compiling(adapter_dir):
+    started_s = time.monotonic()
+    with pytest.raises(CapacityError, match="rank 8 takes 4 pages .* pool has 4"):
+        LLM(model="tiny", adapters={"a": adapter_dir}, pool_bytes=6 * 8192, **SMALL)
+    assert time.monotonic() - started_s < 5
 
 
 def test_bfloat16_runs(adapter_dir):

@@ -107,8 +107,8 @@ def attend_densely(q, k, v):
 def check_step(shape, parts, *, num_tokens, tile, max_context=300, seed=0):
     """Run a step of `parts` in both forms and hold it to the loop over tokens.
 
-    Pages lie in random order. Every slot that no token wrote, in pages of these requests
-    and in all others, is NaN, and so are the keys and values of padding tokens.
+    Pages lie in random order. Every slot that no token wrote, in pages of these
+    requests and in all others, is NaN, and so are keys and values of padding tokens.
     """
     rng = np.random.default_rng([seed, num_tokens])
     dtype = np.dtype(shape.dtype)
@@ -279,9 +279,8 @@ def test_requests_do_not_reach_each_other():
     for form in FORMS:
         step = compiled(form, shape)
         _, clean = step(pool, q, k, v, kv_pages, table, positions, context)
-        for array in (q, k, v):
-            poisoned = [a.copy() for a in (q, k, v)]
-            which = next(i for i, a in enumerate((q, k, v)) if a is array)
+        for which in range(3):
+            poisoned = [q.copy(), k.copy(), v.copy()]
             poisoned[which][:, :, 32:] = np.nan
             _, out = step(pool, *poisoned, kv_pages, table, positions, context)
             assert (np.asarray(out)[:, :, :32] == np.asarray(clean)[:, :, :32]).all()

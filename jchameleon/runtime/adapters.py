@@ -11,10 +11,14 @@ from jchameleon.config import ModelConfig
 from jchameleon.errors import (
     AdapterConflictError,
     AdapterError,
+    CapacityError,
     UnknownAdapterError,
 )
 from jchameleon.lora.adapter import HostAdapter
+from jchameleon.lora.layout import ChunkLayout
 from jchameleon.lora.peft import load_peft_adapter
+from jchameleon.runtime.policy.planner import Planner
+from jchameleon.runtime.policy.pool import RESERVED_PAGES
 
 MAX_NAME_CHARS = 128
 
@@ -79,6 +83,24 @@ class AdapterRegistry:
         """Return name -> uid of all registered adapters."""
         with self._lock:
             return dict(self._uids)
+
+
+def check_fits(adapter: HostAdapter, layout: ChunkLayout, planner: Planner) -> int:
+    """Return the pages that an adapter takes on the device.
+
+    Raises:
+      AdapterError: it touches projections outside the engine's lora_targets.
+      CapacityError: the pool can never hold it beside a request.
+    """
+    layout.check_targets(adapter)
+    pages = layout.num_pages(adapter.rank)
+    if planner.can_ever_fit(1, 1, pages) is not None:
+        usable = planner.config.num_pages - RESERVED_PAGES
+        raise CapacityError(
+            f"adapter {adapter.source!r} of rank {adapter.rank} takes {pages} pages and "
+            f"a request at least one more, the pool has {usable}: enlarge pool_bytes"
+        )
+    return pages
 
 
 def check_name(name: str) -> None:

@@ -29,6 +29,7 @@ from jchameleon.errors import (
 )
 from jchameleon.lora.adapter import HostAdapter
 from jchameleon.models.tokenizer import Tokenizer
+from jchameleon.runtime.adapters import check_fits
 from jchameleon.runtime.executor import Executor
 from jchameleon.runtime.live import LiveRequest, Submission
 from jchameleon.runtime.outbox import Delta, FinishReason, Outbox
@@ -128,12 +129,7 @@ class Engine:
           AdapterError: it touches projections outside the engine's lora_targets.
           CapacityError: it can never fit in the pool.
         """
-        layout = self._executor.layout
-        layout.check_targets(adapter)
-        pages = layout.num_pages(adapter.rank)
-        reason = self._planner.can_ever_fit(1, 1, pages)
-        if reason is not None:
-            raise CapacityError(f"adapter {adapter.source}: {reason}")
+        pages = check_fits(adapter, self._executor.layout, self._planner)
         self._adapters.setdefault(adapter.uid, adapter)
         self._inbox.put(AdapterRegistered(adapter.uid, adapter.rank, pages))
 

@@ -71,22 +71,32 @@ def sample(
 
 
 def _draw(logits: jax.Array, batch: SamplingBatch) -> jax.Array:
-    vocab_size = logits.shape[0]
     temperature = jnp.where(batch.temperature > 0, batch.temperature, 1.0)
-    scaled = logits / temperature[None, :]
-    scaled = scaled - scaled.max(axis=0, keepdims=True)  # <= 0, the best is 0
-    top_k = jnp.where(batch.top_k > 0, batch.top_k, vocab_size)
-    kept = scaled >= kth_largest(scaled, top_k)[None, :]
-    weight = jnp.where(kept, jnp.exp(scaled), 0.0)
-    needed = batch.top_p * weight.sum(axis=0)
-    kept &= weight >= mass_threshold(weight, needed)[None, :]
-    kept |= scaled == 0.0  # rounding of tiny top_p must not empty the row
+    # Differences first: a small temperature must not overflow the best logit.
+    scaled = (logits - logits.max(axis=0, keepdims=True)) / temperature[None, :]
+    kept = kept_tokens(scaled, batch.top_k, batch.top_p)
     noise = jax.vmap(_gumbel, in_axes=(0, 0, None), out_axes=1)(
-        batch.seed, batch.position, vocab_size
+        batch.seed, batch.position, logits.shape[0]
     )
     return jnp.argmax(jnp.where(kept, scaled + noise, -jnp.inf), axis=0).astype(
         jnp.int32
     )
+
+
+def kept_tokens(
+    scaled: jax.Array,  # f32[V, R], logits over temperature, less the best: <= 0
+    top_k: jax.Array,  # i32[R]; 0 keeps all
+    top_p: jax.Array,  # f32[R] in (0, 1]; 1 keeps all
+) -> jax.Array:  # bool[V, R]
+    """Return the tokens that a row may draw; the best is always among them."""
+    limit = jnp.where(top_k > 0, top_k, scaled.shape[0])
+    kept = scaled >= kth_largest(scaled, limit)[None, :]
+    weight = jnp.where(kept, jnp.exp(scaled), 0.0)
+    needed = top_p * weight.sum(axis=0)
+    heavy = weight >= mass_threshold(weight, needed)[None, :]
+    # The sum rounds away its smallest terms, so their loss goes unseen at 1.
+    kept &= heavy | (top_p >= 1.0)[None, :]
+    return kept | (scaled == 0.0)  # rounding of tiny top_p must not empty the row
 
 
 def _gumbel(seed: jax.Array, position: jax.Array, size: int) -> jax.Array:

@@ -1,6 +1,6 @@
 """Put an engine together: what is configured, what the model allows, what fits."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ from jchameleon.lora.layout import ChunkLayout
 from jchameleon.models.embedded import home_dir
 from jchameleon.models.llama import Llama
 from jchameleon.models.loader import LoadedModel
+from jchameleon.runtime.adapters import check_fits
 from jchameleon.runtime.engine import Engine
 from jchameleon.runtime.executor import Executor
 from jchameleon.runtime.policy.planner import Planner, PlannerConfig
@@ -30,7 +31,7 @@ DEFAULT_POOL_BYTES = 1 << 30
 
 
 def build_executor(
-    loaded: LoadedModel, config: EngineConfig, adapters: Iterable[HostAdapter]
+    loaded: LoadedModel, config: EngineConfig, adapters: Sequence[HostAdapter]
 ) -> tuple[Executor, Planner]:
     """Return a warmed-up executor and a planner for its pool.
 
@@ -41,14 +42,18 @@ def build_executor(
         leaves them open.
 
     Raises:
-      ConfigError: the configuration contradicts the model or itself; before any
-        device work.
+      ConfigError: the configuration contradicts the model or itself.
+      AdapterError: an adapter touches projections outside the configured targets.
+      CapacityError: an adapter can never fit in the pool.
+    All before any device work.
     """
     model = loaded.config
     max_model_len = resolve_max_model_len(config, model)
     layout = chunk_layout(model, config, adapters)
     num_pages = resolve_num_pages(config, model, layout, max_model_len)
     planner = build_planner(config, num_pages)
+    for adapter in adapters:
+        check_fits(adapter, layout, planner)
     use_compilation_cache()
     executor = Executor(
         place_params(loaded),
