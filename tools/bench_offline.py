@@ -264,9 +264,7 @@ def print_report(report: Mapping[str, Any]) -> None:
             f"{row['wall_over_floor']:8.2f}"
         )
         if row["adapter_misses"] and row["key"] != "cold":
-            print(
-                f"  {row['adapter_misses']} requests waited for adapters; raise pool_bytes"
-            )
+            print(f"  {row['adapter_misses']} requests found their adapter gone")
     print("\nratios of output tok/s")
     for name, values in report["ratios"].items():
         print(f"{name:36} {shown(values, 2):>22}")

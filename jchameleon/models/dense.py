@@ -15,7 +15,14 @@ import jax.numpy as jnp
 
 from jchameleon.config import PROJECTIONS, ModelConfig
 from jchameleon.lora.adapter import HostAdapter
-from jchameleon.models.llama import Adapt, Attend, Llama, LlamaLayer, no_adapter
+from jchameleon.models.llama import (
+    Adapt,
+    Attend,
+    Llama,
+    LlamaLayer,
+    no_adapter,
+    rms_norm,
+)
 
 GROUPS = {
     "qkv": ("q", "k", "v"),
@@ -170,11 +177,19 @@ def completion_loss(
         segments=segments,
         remat=remat,
     )
-    logits = Llama(config, params).logits(x[:, sources]).astype(jnp.float32)  # [V, N]
+    h = rms_norm(x[:, sources], params["final_norm"], config.rms_norm_eps)  # [D, N]
+    head = params["embed" if config.tie_embeddings else "lm_head"]
+    totals = jax.nn.logsumexp((head @ h).astype(jnp.float32), axis=0)
+    # Not picked from the logits: the gradient of that is a scatter into [V, N].
+    picked = jnp.einsum(
+        "nd,dn->n",
+        head[jnp.maximum(labels, 0)],
+        h,
+        preferred_element_type=jnp.float32,
+    )
     counted = labels >= 0
-    picked = jnp.take_along_axis(logits, jnp.maximum(labels, 0)[None], axis=0)[0]
-    losses = jax.nn.logsumexp(logits, axis=0) - picked
-    return jnp.sum(losses, where=counted) / jnp.maximum(jnp.sum(counted), 1)
+    count = jnp.maximum(jnp.sum(counted), 1).astype(jnp.float32)
+    return jnp.sum(totals - picked, where=counted) / count
 
 
 @functools.partial(jax.jit, static_argnums=(5,))
@@ -196,20 +211,26 @@ def attend_within(
 ) -> Attend:
     """Return dense attention over rows of T tokens, as `LlamaLayer` calls it."""
     length = visible.shape[-1]
+    # Keys go along the second axis from the end, so that features come first in every
+    # product, as outside.
+    bias = jnp.where(visible, 0.0, -1e30).astype(jnp.float32).mT  # [B or 1, S, T]
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         num_heads, head_dim, _ = q.shape
         kv_heads = k.shape[0]
-        q = q.reshape(kv_heads, num_heads // kv_heads, head_dim, -1, length)
+        group = num_heads // kv_heads
+        q = (q * head_dim**-0.5).reshape(kv_heads, group, head_dim, -1, length)
         k = k.reshape(kv_heads, head_dim, -1, length)
         v = v.reshape(kv_heads, head_dim, -1, length)
-        scores = jnp.einsum("kgdbt,kdbs->bkgts", q, k).astype(jnp.float32)
-        scores = jnp.where(
-            visible[:, None, None], scores * head_dim**-0.5, jnp.float32(-1e30)
-        )
-        weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-        out = jnp.einsum("bkgts,kdbs->kgdbt", weights, v)
-        return out.reshape(num_heads, head_dim, -1)
+        # [B, KVH, HD, G, T], the group's queries side by side
+        q = q.transpose(3, 0, 2, 1, 4).reshape(-1, kv_heads, head_dim, group * length)
+        scores = (k.transpose(2, 0, 3, 1) @ q).astype(jnp.float32)
+        scores = scores.reshape(-1, kv_heads, length, group, length)
+        weights = jax.nn.softmax(scores + bias[:, None, :, None], axis=2)
+        weights = weights.astype(v.dtype).reshape(-1, kv_heads, length, group * length)
+        out = v.transpose(2, 0, 1, 3) @ weights  # [B, KVH, HD, G * T]
+        out = out.reshape(-1, kv_heads, head_dim, group, length)
+        return out.transpose(1, 3, 2, 0, 4).reshape(num_heads, head_dim, -1)
 
     return attend
 

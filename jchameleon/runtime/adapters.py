@@ -97,8 +97,8 @@ def check_fits(adapter: HostAdapter, layout: ChunkLayout, planner: Planner) -> i
     if planner.can_ever_fit(1, 1, pages) is not None:
         usable = planner.config.num_pages - RESERVED_PAGES
         raise CapacityError(
-            f"adapter {adapter.source!r} of rank {adapter.rank} takes {pages} pages and "
-            f"a request at least one more, the pool has {usable}: enlarge pool_bytes"
+            f"adapter {adapter.source!r} of rank {adapter.rank} takes {pages} pages, "
+            f"a request one more at least, the pool has {usable}: enlarge pool_bytes"
         )
     return pages
 
