@@ -149,15 +149,26 @@ def quiet() -> Iterator[None]:
         yield
 
 
-def import_oracle() -> types.SimpleNamespace:
-    """Return torch, transformers and peft, or skip."""
+@contextlib.contextmanager
+def import_oracle() -> Iterator[types.SimpleNamespace]:
+    """Yield torch, transformers and peft, or skip; torch runs on one thread meanwhile.
+
+    Its threads spin: beside ours, or on a busy machine, they cost far more than they
+    gain on the sizes of a test.
+    """
     reason = "the oracle is installed on Python 3.11 only"
     with quiet():
-        return types.SimpleNamespace(
+        oracle = types.SimpleNamespace(
             torch=pytest.importorskip("torch", reason=reason),
             transformers=pytest.importorskip("transformers", reason=reason),
             peft=pytest.importorskip("peft", reason=reason),
         )
+    num_threads = oracle.torch.get_num_threads()
+    oracle.torch.set_num_threads(1)
+    try:
+        yield oracle
+    finally:
+        oracle.torch.set_num_threads(num_threads)
 
 
 def random_peft_model(

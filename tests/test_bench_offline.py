@@ -51,6 +51,7 @@ def test_report_quick_run_has_every_part(report):
     assert set(found) == {
         "settings",
         "machine",
+        "load_average",
         "versions",
         "peers",
         "calibration",

@@ -201,12 +201,8 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def oracle():
-    oracle = import_oracle()
-    # Matrices this small lose more to threads than they gain.
-    num_threads = oracle.torch.get_num_threads()
-    oracle.torch.set_num_threads(1)
-    yield oracle
-    oracle.torch.set_num_threads(num_threads)
+    with import_oracle() as oracle:
+        yield oracle
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

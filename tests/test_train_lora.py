@@ -1,6 +1,7 @@
 """The trainer: data, packing, short runs, what it writes and what PEFT makes of it."""
 
 import collections
+import dataclasses
 import json
 
 import demo_data
@@ -15,6 +16,7 @@ from train_lora import Example, TrainConfig, batches, encode_pairs, pack, read_p
 from jchameleon.config import PROJECTIONS, ModelConfig
 from jchameleon.errors import ConfigError, InvalidRequestError
 from jchameleon.lora.peft import load_peft_adapter
+from jchameleon.models.chat import ChatTemplate
 from jchameleon.models.dense import dense_logits, from_host, init_adapter
 from jchameleon.models.loader import load_model
 
@@ -52,6 +54,10 @@ def test_training_lowers_the_loss_and_writes_what_peft_directories_hold(
     assert len(printed) == 2
     assert printed[-1] < 0.8 * printed[0]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", data.name]
+    # As readable as any other file: a wheel keeps the modes.
+    assert {path.stat().st_mode & 0o777 for path in out.iterdir()} == {
+        data.stat().st_mode & 0o777
+    }
     model = ModelConfig.preset("tiny")
     adapter = load_peft_adapter(out, model, max_rank=4)
     assert adapter.rank == 4
@@ -171,6 +177,17 @@ def test_encode_pairs_ends_every_text_and_marks_its_completion():
     model = load_model("tiny", dtype="float32")
     [example] = encode_pairs(model, [("ab", "xyz")])
     assert example == Example(tokens=(256, *b"abxyz", 257), num_labels=4)
+
+
+def test_encode_pairs_ends_with_what_the_chat_template_puts_behind_a_reply():
+    model = load_model("tiny", dtype="float32")
+    model.tokenizer.eos_token_ids = (258, 257)
+    template = ChatTemplate("{% for m in messages %}[{{ m.content }}]<eos>{% endfor %}")
+    chat = dataclasses.replace(model, chat_template=template)
+    assert encode_pairs(model, [("a", "b")])[0].tokens == (256, *b"ab", 258)
+    [example] = encode_pairs(chat, [("a", "b<eos>")])
+    # A token's name in a reply is text; in the template it is the token.
+    assert example.tokens == (256, *b"[a]", 257, *b"b<eos>", 257)
 
 
 def test_batches_hold_every_text_once_a_pass_and_whole():

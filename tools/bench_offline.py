@@ -5,7 +5,7 @@ end-of-sequence ignored; random adapters on q, k, v, o with ranks 8, 16, 32, 64 
 turn. All systems run in this process on the same dequantised weights, prompts and
 adapter directories. Rows are run in turn, forwards and backwards, so that a machine
 that drifts drifts for all of them: ratios within one run mean something, figures of
-different runs do not compare.
+different runs do not compare. With the default model it takes 10 GB of memory.
 
     python tools/bench_offline.py --json out.json     # all of it
     python tools/bench_offline.py --no-peers --engine max_batch_tokens=2048
@@ -16,6 +16,7 @@ import argparse
 import dataclasses
 import gc
 import json
+import os
 import statistics
 import sys
 import tempfile
@@ -46,6 +47,9 @@ from jchameleon.config import ModelConfig
 from jchameleon.models.loader import load_model
 
 PACKAGES = ("numpy", "jax", "jaxlib", "flax", *PEER_PACKAGES)
+
+QUIET_DRIFT = 1.25
+"""Rates of a machine that does nothing else stay within this factor of each other."""
 
 
 class Ours:
@@ -202,6 +206,7 @@ def run_bench(settings: Settings, *, peers_note: str) -> dict[str, Any]:
         "read_bytes": settings.read_bytes,
     }
     cases = make_cases(settings)
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
     before = calibrate(**calibration_sizes)
     model, samples = measure(settings, cases)
     after = calibrate(**calibration_sizes)
@@ -209,6 +214,7 @@ def run_bench(settings: Settings, *, peers_note: str) -> dict[str, Any]:
     return {
         "settings": dataclasses.asdict(settings),
         "machine": describe_machine(),
+        "load_average": load,
         "versions": {"jchameleon": __version__, **versions(PACKAGES)},
         "peers": peers_note,
         "calibration": {"start": before, "end": after},
@@ -250,6 +256,13 @@ def print_report(report: Mapping[str, Any]) -> None:
         print(
             f"calibration at {when}: {rates['gemm_gflops']:.0f} GFLOP/s, "
             f"{rates['read_gbps']:.1f} GB/s"
+        )
+    start, end = report["calibration"].values()
+    drift = max(max(start[k] / end[k], end[k] / start[k]) for k in start)
+    if drift > QUIET_DRIFT or report["load_average"] > settings["threads"] / 2:
+        print(
+            f"THE MACHINE WAS NOT QUIET (calibration moved {drift:.2f}x, load "
+            f"{report['load_average']:.1f} at the start): do not use these figures"
         )
     print(
         f"\n{'':36} {'output tok/s':>22} {'TTFT s':>7} {'last':>6} {'decode ms':>10} "

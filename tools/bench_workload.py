@@ -71,7 +71,7 @@ class Case:
 
     def names(self, num_requests: int) -> list[str | None]:
         """Return the adapter of each request."""
-        names = list(self.adapters) or [None]
+        names: list[str | None] = [*self.adapters] or [None]
         return [names[i % len(names)] for i in range(num_requests)]
 
 

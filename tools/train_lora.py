@@ -16,7 +16,6 @@ import os
 import re
 import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -28,7 +27,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import optax
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from jchameleon.config import PROJECTIONS
 from jchameleon.errors import ConfigError, InvalidRequestError, JChameleonError
@@ -412,10 +411,12 @@ def write_peft(
             if projection in used
         ],
     }
-    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    weights = save(tensors, metadata={"format": "pt"})
+    # Made by hand: what `tempfile` and `save_file` make is for its owner alone.
+    folder = out.with_name(f".{out.name}-{os.getpid()}")
+    folder.mkdir()
     try:
-        folder.chmod(0o755)
-        save_file(tensors, folder / WEIGHTS_NAME, metadata={"format": "pt"})
+        (folder / WEIGHTS_NAME).write_bytes(weights)
         text = json.dumps(settings, indent=2) + "\n"
         (folder / CONFIG_NAME).write_text(text, encoding="utf-8")
         os.rename(folder, out)
