@@ -14,6 +14,7 @@ def configs_dir() -> Path:
     return inside if inside.is_dir() else package.parent / "configs"
 
 
-def demo_adapters_dir() -> Path:
-    """Return the folder with one PEFT directory per demo adapter."""
-    return configs_dir() / "demo" / "adapters"
+def demo_adapters() -> dict[str, Path]:
+    """Return the PEFT directories of the demo adapters by name, sorted."""
+    configs = (configs_dir() / "demo" / "adapters").glob("*/adapter_config.json")
+    return {path.parent.name: path.parent for path in sorted(configs)}

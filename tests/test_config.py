@@ -16,7 +16,7 @@ from jchameleon.config import (
     preset_names,
 )
 from jchameleon.errors import ConfigError, UnknownModelError
-from jchameleon.resources import configs_dir, demo_adapters_dir
+from jchameleon.resources import configs_dir, demo_adapters
 
 # Parameters as published with each model, in units of 10^6, embeddings once when tied.
 PUBLISHED_MILLION_PARAMETERS = {
@@ -179,4 +179,6 @@ def test_unreadable_toml_names_the_file(tmp_path, content):
 
 def test_resources_lie_beside_the_code():
     assert (configs_dir() / "models" / "tiny.toml").is_file()
-    assert demo_adapters_dir() == configs_dir() / "demo" / "adapters"
+    folder = configs_dir() / "demo" / "adapters"
+    names = ["capitals", "json", "tag"]
+    assert demo_adapters() == {name: folder / name for name in names}

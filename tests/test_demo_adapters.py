@@ -11,7 +11,7 @@ from smollm2 import smollm2_path
 from jchameleon.config import ModelConfig
 from jchameleon.llm import LLM
 from jchameleon.lora.peft import load_peft_adapter
-from jchameleon.resources import demo_adapters_dir
+from jchameleon.resources import demo_adapters
 from jchameleon.sampling import SamplingParams
 
 RANKS = {"json": 4, "tag": 8, "capitals": 16}
@@ -23,9 +23,8 @@ LEAST_SHOWN, LEAST_DISTINCT = 18, 15
 def texts():
     """Return each prompt's reply by adapter; None is the base model."""
     smollm2_path()
-    adapters = {name: demo_adapters_dir() / name for name in CHECKS}
     names = [None, *CHECKS]
-    with LLM("smollm2-135m", adapters=adapters, **ENGINE) as llm:
+    with LLM("smollm2-135m", adapters=demo_adapters(), **ENGINE) as llm:
         prompts = [llm.chat_prompt(prompt) for prompt in HELD_OUT_PROMPTS]
         outputs = llm.generate(
             [prompt for prompt in prompts for _ in names],
@@ -61,7 +60,7 @@ def test_demo_adapter_shows_no_other_behaviour(texts, name):
 @pytest.mark.parametrize("name", RANKS)
 def test_demo_adapter_is_small_and_of_its_rank(name):
     adapter = load_peft_adapter(
-        demo_adapters_dir() / name, ModelConfig.preset("smollm2-135m"), max_rank=16
+        demo_adapters()[name], ModelConfig.preset("smollm2-135m"), max_rank=16
     )
     assert adapter.rank == RANKS[name]
     assert adapter.targets == {"q", "v"}

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import train_lora
 from model_files import write_hf
-from train_lora import Example, TrainConfig, batches, encode_pairs, pack, read_pairs
+from train_lora import TrainConfig
+from training_texts import Example, batches, encode_pairs, pack, read_pairs
 
 from jchameleon.config import PROJECTIONS, ModelConfig
 from jchameleon.errors import ConfigError, InvalidRequestError

@@ -12,7 +12,7 @@ import time
 from typing import Any
 
 from jchameleon import LLM, SamplingParams
-from jchameleon.resources import demo_adapters_dir
+from jchameleon.resources import demo_adapters
 
 MODEL = "smollm2-135m"
 BASE = "base"
@@ -25,6 +25,7 @@ PROMPTS = (
 MAX_TOKENS = 80
 PIECE_CHARS = 48
 REDRAW_EVERY_S = 0.1
+SAMPLE_EVERY_S = 0.2
 
 
 @dataclasses.dataclass(slots=True)
@@ -41,7 +42,7 @@ class Reply:
 
 
 def main() -> None:
-    adapters = {path.name: str(path) for path in sorted(demo_adapters_dir().iterdir())}
+    adapters = demo_adapters()
     names = [BASE, *adapters]
     print(f"Loading {MODEL} and compiling its programs ...", flush=True)
     start_s = time.monotonic()
@@ -77,7 +78,7 @@ def play(llm: LLM, names: list[str], *, shown: bool) -> tuple[list[Reply], int]:
         sampling=SamplingParams(max_tokens=MAX_TOKENS, temperature=0.0),
     )
     peak_pages = 0
-    drawn_s = time.monotonic()
+    drawn_s = sampled_s = time.monotonic()
     if shown and live:
         draw(replies, again=False)
     for delta in deltas:
@@ -89,8 +90,10 @@ def play(llm: LLM, names: list[str], *, shown: bool) -> tuple[list[Reply], int]:
                 sys.exit(f"demo: {reply.adapter}: {delta.error}")
             reply.ttft_s = delta.timing.ttft_s or 0.0
             reply.total_s = delta.timing.total_s
-        stats = llm.stats()
-        peak_pages = max(peak_pages, stats.kv_pages + stats.adapter_pages)
+        if time.monotonic() - sampled_s > SAMPLE_EVERY_S:
+            stats = llm.stats()  # answered between two iterations: not for every token
+            peak_pages = max(peak_pages, stats.kv_pages + stats.adapter_pages)
+            sampled_s = time.monotonic()
         if not shown:
             continue
         if not live:
