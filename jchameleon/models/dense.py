@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from jchameleon.config import PROJECTIONS, ModelConfig
 from jchameleon.lora.adapter import HostAdapter
+from jchameleon.lora.layout import GROUPS
 from jchameleon.models.llama import (
     Adapt,
     Attend,
@@ -23,14 +24,6 @@ from jchameleon.models.llama import (
     no_adapter,
     rms_norm,
 )
-
-GROUPS = {
-    "qkv": ("q", "k", "v"),
-    "o": ("o",),
-    "gate_up": ("gate", "up"),
-    "down": ("down",),
-}
-"""Projections of each product of a layer, in the order of its rows."""
 
 
 @functools.partial(
