@@ -185,14 +185,13 @@ class EngineConfig:
       max_waiting: requests queued beyond those; one more is refused.
       max_batch_tokens: tokens of one iteration, prompt chunks and decode rows together.
       kv_block_tokens: tokens of a KV block; one page holds one block.
-      pool_bytes: device bytes for KV blocks and adapters together; None takes what
-        `default_pool_bytes` says.
+      pool_bytes: device bytes for KV blocks and adapters together; None takes 1 GiB,
+        less where so much can never be used, more where one request needs it.
       lora_targets: projections that adapters may touch, fixed at start; None takes
         q, k, v, o and whatever else the adapters given at start touch.
       max_lora_rank: adapters above are refused.
       max_loads_in_flight: adapter loads under way at once (bounds staging memory).
       admission, eviction, predictor: policy names, or "package.module:Class".
-      backend: "xla" on CPU; "auto" picks by device.
       seed: seeds requests that bring none.
     """
 
@@ -209,14 +208,11 @@ class EngineConfig:
     admission: str = "fifo"
     eviction: str = "lru"
     predictor: str = "max_tokens"
-    backend: Literal["auto", "xla"] = "auto"
     seed: int = 0
 
     def __post_init__(self) -> None:
         if self.dtype not in ("float32", "bfloat16"):
             raise ConfigError(f"dtype={self.dtype!r} must be 'float32' or 'bfloat16'")
-        if self.backend not in ("auto", "xla"):
-            raise ConfigError(f"backend={self.backend!r} must be 'auto' or 'xla'")
         for field in (
             "max_running",
             "max_waiting",
@@ -243,7 +239,18 @@ class EngineConfig:
                 f"max_running + {PREFILL_TILE_TOKENS} = {least}, or prompts could "
                 "never advance while all rows decode"
             )
-        for target in self.lora_targets or ():
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+            raise ConfigError(f"seed={self.seed!r} must be an integer")
+        if self.seed < 0:
+            raise ConfigError(f"seed={self.seed} must not be negative")
+        for field in ("admission", "eviction", "predictor"):
+            value = getattr(self, field)
+            if not isinstance(value, str):
+                raise ConfigError(f"{field}={value!r} must be the name of a policy")
+        targets = self.lora_targets
+        if targets is not None and not isinstance(targets, tuple):
+            raise ConfigError(f"lora_targets={targets!r} must be a list of projections")
+        for target in targets or ():
             if target not in PROJECTIONS:
                 raise ConfigError(
                     f"lora_targets has {target!r}; must be among "
@@ -255,9 +262,19 @@ class EngineConfig:
         """Build from a plain table; an unknown key names the nearest field."""
         check_keys(cls, table)
         values = dict(table)
-        if values.get("lora_targets") is not None:
+        if isinstance(values.get("lora_targets"), list):
             values["lora_targets"] = tuple(values["lora_targets"])
         return cls(**values)
+
+
+NULL_PAGE = 0
+"""Page that is all zeros and never written; padding of page lists points here."""
+
+TRASH_PAGE = 1
+"""Page that takes what padding tokens write; never read."""
+
+RESERVED_PAGES = 2
+"""Pages that the pool never hands out: the two above."""
 
 
 def check_keys(cls: type, table: Mapping[str, Any]) -> None:

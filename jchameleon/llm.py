@@ -12,11 +12,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from jchameleon.config import PROJECTIONS, EngineConfig
-from jchameleon.errors import (
-    InvalidRequestError,
-    JChameleonError,
-    RequestFailedError,
-)
+from jchameleon.errors import InvalidRequestError, JChameleonError, QueueFullError
 from jchameleon.lora.adapter import HostAdapter
 from jchameleon.models.loader import load_model
 from jchameleon.outputs import AdapterInfo, EngineStats, RequestDelta, RequestOutput
@@ -24,6 +20,7 @@ from jchameleon.runtime.adapters import AdapterRegistry
 from jchameleon.runtime.engine import StepRecord
 from jchameleon.runtime.outbox import Delta, Outbox
 from jchameleon.runtime.setup import build_executor, start_engine
+from jchameleon.runtime.submission import Submission
 from jchameleon.sampling import SamplingParams
 
 Prompt = str | Sequence[int]
@@ -55,6 +52,10 @@ class LLM:
             work where that can be known.
         """
         config = EngineConfig.from_dict(options)
+        if not isinstance(adapters, Mapping | None):
+            raise InvalidRequestError(
+                f"adapters={adapters!r:.60} must map names to PEFT directories"
+            )
         loaded = load_model(str(model), dtype=config.dtype)
         self.model_config = loaded.config
         self.tokenizer = loaded.tokenizer
@@ -201,7 +202,7 @@ class LLM:
             evictions=books.evictions,
             waiting=books.waiting,
             running=books.running,
-            compiles=len(self._executor.compile_seconds),
+            programs=len(self._executor.compile_seconds),
         )
 
     def chat_prompt(self, messages: str | Sequence[Mapping[str, Any]]) -> str:
@@ -248,6 +249,7 @@ class LLM:
         return self._executor.pool_bytes // self._executor.num_pages
 
     def _register(self, name: str, adapter: HostAdapter) -> None:
+        self._registry.check(name, adapter)
         # The engine first: a name must never lead to an adapter it does not know.
         self._engine.register_adapter(adapter)
         self._registry.add(name, adapter)
@@ -267,6 +269,7 @@ class LLM:
             (SamplingParams,),
             len(prompt_list),
         )
+        outbox = Outbox()
         batch = []
         for prompt, name, one in zip(prompt_list, names, params, strict=True):
             uid = None if name is None else self._registry.resolve(name)
@@ -281,38 +284,36 @@ class LLM:
                 tokens: Sequence[int] = self.tokenizer.encode(prompt)
             else:
                 tokens = prompt
-            if one.stop and self.tokenizer is None:
-                raise InvalidRequestError(
-                    f"stop={list(one.stop)} needs a tokenizer; use stop_token_ids"
-                )
-            self._engine.validate(tokens, one, adapter_uid=uid)
-            batch.append(
-                _Prepared(
-                    request_id=f"req-{next(self._ids)}",
-                    tokens=tuple(int(token) for token in tokens),
-                    adapter=name,
-                    adapter_uid=uid,
-                    sampling=one,
-                )
+            submission = self._engine.prepare(
+                f"req-{next(self._ids)}",
+                tokens,
+                one,
+                adapter_uid=uid,
+                outbox=outbox,
             )
+            batch.append(_Prepared(submission=submission, adapter=name))
         return batch
 
     def _run(self, batch: Sequence["_Prepared"]) -> Iterator[tuple[int, str, Delta]]:
-        """Submit all, then yield (index, request id, delta) until all have ended."""
-        outbox = Outbox()
+        """Submit all and yield (index, request id, delta) until all have ended.
+
+        A call may be larger than the engine's queue: what does not fit yet is
+        submitted as earlier requests end.
+        """
         open_requests: dict[str, int] = {}
+        submitted = 0
         try:
-            for index, request in enumerate(batch):
-                self._engine.submit(
-                    request.request_id,
-                    request.tokens,
-                    request.sampling,
-                    adapter_uid=request.adapter_uid,
-                    outbox=outbox,
-                )
-                open_requests[request.request_id] = index
-            while open_requests:
-                request_id, delta = outbox.get()
+            while submitted < len(batch) or open_requests:
+                try:
+                    while submitted < len(batch):
+                        submission = batch[submitted].submission
+                        self._engine.submit(submission)
+                        open_requests[submission.request_id] = submitted
+                        submitted += 1
+                except QueueFullError:
+                    if not open_requests:
+                        raise
+                request_id, delta = batch[0].submission.outbox.get()
                 index = open_requests[request_id]
                 if delta.finish_reason is not None:
                     del open_requests[request_id]
@@ -324,21 +325,17 @@ class LLM:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class _Prepared:
-    """A validated request of one call."""
+    """A validated request of one call; all of a call share an outbox."""
 
-    request_id: str
-    tokens: tuple[int, ...]
+    submission: Submission
     adapter: str | None
-    adapter_uid: str | None
-    sampling: SamplingParams
 
     def output(self, whole: Delta) -> RequestOutput:
-        if whole.finish_reason is None or whole.timing is None:
-            raise RequestFailedError(f"{self.request_id}: {whole.error}")
+        assert whole.finish_reason is not None and whole.timing is not None
         return RequestOutput(
-            request_id=self.request_id,
+            request_id=self.submission.request_id,
             adapter=self.adapter,
-            prompt_token_ids=self.tokens,
+            prompt_token_ids=tuple(self.submission.prompt.tolist()),
             token_ids=whole.token_ids,
             text=whole.text,
             finish_reason=whole.finish_reason,

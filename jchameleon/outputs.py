@@ -16,7 +16,7 @@ class RequestOutput:
       token_ids: what it produced, with the token that stopped it.
       text: the tokens as text, without special tokens and before a stop string.
       finish_reason: "stop", "length", "aborted" or "error".
-      error: what went wrong, where finish_reason is "error".
+      error: what went wrong, or why the engine cut it off.
       timing: where the time went.
     """
 
@@ -85,7 +85,7 @@ class EngineStats:
       kv_pages, adapter_pages, free_pages: how they are used now.
       hits, misses, loads, load_failures, evictions: adapter cache since the start.
       waiting, running: requests.
-      compiles: programs compiled; all of them during warm-up.
+      programs: compiled programs; all of them were compiled during warm-up.
     """
 
     page_bytes: int
@@ -100,4 +100,4 @@ class EngineStats:
     evictions: int
     waiting: int
     running: int
-    compiles: int
+    programs: int

@@ -68,7 +68,7 @@ class SamplingParams:
         self._set("stop_token_ids", _stop_token_ids(self.stop_token_ids))
         if not isinstance(self.ignore_eos, bool):
             raise InvalidRequestError(
-                f"ignore_eos={_shown(self.ignore_eos)} must be True or False"
+                f"ignore_eos={shown(self.ignore_eos)} must be True or False"
             )
 
     @property
@@ -93,11 +93,11 @@ class SamplingParams:
 def _integer(field: str, value: Any, low: int, high: int) -> int:
     """Return `value` as an int within [low, high]; numpy integers count, bools not."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise InvalidRequestError(f"{field}={_shown(value)} must be an integer")
+        raise InvalidRequestError(f"{field}={shown(value)} must be an integer")
     number = int(value)
     if not low <= number <= high:
         raise InvalidRequestError(
-            f"{field}={_shown(value)} must be from {low} to {high}"
+            f"{field}={shown(value)} must be from {low} to {high}"
         )
     return number
 
@@ -105,14 +105,14 @@ def _integer(field: str, value: Any, low: int, high: int) -> int:
 def _real(field: str, value: Any, low: float, high: float) -> float:
     """Return `value` as a float within [low, high]; NaN is within nothing."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise InvalidRequestError(f"{field}={_shown(value)} must be a number")
+        raise InvalidRequestError(f"{field}={shown(value)} must be a number")
     try:
         number = float(value)
     except OverflowError:
         number = math.inf
     if not low <= number <= high:
         raise InvalidRequestError(
-            f"{field}={_shown(value)} must be a number from {low:g} to {high:g}"
+            f"{field}={shown(value)} must be a number from {low:g} to {high:g}"
         )
     return number
 
@@ -122,7 +122,7 @@ def _stops(value: Any) -> tuple[str, ...]:
     stops = (value,) if isinstance(value, str) else value
     if not isinstance(stops, Sequence) or isinstance(stops, bytes | bytearray):
         raise InvalidRequestError(
-            f"stop={_shown(value)} must be a string or a list of strings"
+            f"stop={shown(value)} must be a string or a list of strings"
         )
     if not len(stops) <= MAX_STOPS:
         raise InvalidRequestError(
@@ -130,7 +130,7 @@ def _stops(value: Any) -> tuple[str, ...]:
         )
     for stop in stops:
         if not isinstance(stop, str):
-            raise InvalidRequestError(f"stop has {_shown(stop)}, which is no string")
+            raise InvalidRequestError(f"stop has {shown(stop)}, which is no string")
         if not 1 <= len(stop) <= MAX_STOP_CHARS:
             raise InvalidRequestError(
                 f"stop has a string of {len(stop)} characters; it must have 1 to "
@@ -143,7 +143,7 @@ def _stop_token_ids(value: Any) -> tuple[int, ...]:
     """Return stop token ids as a tuple of non-negative ints."""
     if not isinstance(value, Sequence) or isinstance(value, str | bytes | bytearray):
         raise InvalidRequestError(
-            f"stop_token_ids={_shown(value)} must be a list of token ids"
+            f"stop_token_ids={shown(value)} must be a list of token ids"
         )
     if not len(value) <= MAX_STOP_TOKEN_IDS:
         raise InvalidRequestError(
@@ -153,7 +153,7 @@ def _stop_token_ids(value: Any) -> tuple[int, ...]:
     return tuple(_integer("stop_token_ids", item, 0, MAX_TOKEN_ID) for item in value)
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     """Return a short one-line picture of any value a caller may pass."""
     try:
         text = repr(value)

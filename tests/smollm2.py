@@ -1,6 +1,8 @@
 """The real SmolLM2 weights, for tests that need them."""
 
+import functools
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,3 +16,17 @@ def smollm2_path() -> Path:
         return smollm2_gguf()
     except ModelFetchError as error:
         pytest.skip(f"SmolLM2 is not here and cannot be fetched: {error}")
+
+
+@functools.cache
+def transformers_smollm2() -> Any:
+    """Return transformers' own f32 import of the GGUF; it takes a quarter minute.
+
+    Tests share the model: whoever wraps or changes it must undo that.
+    """
+    transformers = pytest.importorskip("transformers", reason="needs transformers")
+    torch = pytest.importorskip("torch", reason="needs torch")
+    path = smollm2_path()
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, dtype=torch.float32
+    )

@@ -140,7 +140,6 @@ def test_unknown_key_names_the_nearest_field():
     ("changes", "message"),
     [
         ({"dtype": "float16"}, "dtype='float16'"),
-        ({"backend": "cuda"}, "backend='cuda'"),
         ({"max_running": 0}, "max_running=0"),
         ({"max_waiting": -1}, "max_waiting=-1"),
         ({"max_model_len": 0}, "max_model_len=0"),

@@ -119,10 +119,9 @@ def test_tokens_across_eviction_and_reload_are_the_same(llm, adapter_dirs):
     with LLM(model="tiny", adapters=adapter_dirs, **options) as small:
         for attempt in range(2):
             # What was freed may hold anything: nothing may read it.
-            free = small.stats().free_pages
-            small._engine.on_engine_thread(lambda: poison_free_pages(small))
+            poisoned = small._engine.on_engine_thread(lambda: poison_free_pages(small))
+            assert poisoned > 0
             assert run(small, batch) == expected, f"{attempt=}"
-            assert free > 0
         stats = small.stats()
         assert stats.evictions > 10
         assert stats.loads > stats.evictions
@@ -130,13 +129,15 @@ def test_tokens_across_eviction_and_reload_are_the_same(llm, adapter_dirs):
 
 
 def poison_free_pages(llm):
-    """Fill every page that holds nothing with NaN."""
+    """Fill every page that holds nothing with NaN; return how many those are."""
     planner, executor = llm._engine._planner, llm._engine._executor
     used = {0, 1}
     for uid in llm._registry.names().values():
         used.update(planner.resident_pages(uid) or ())
     assert planner.books().running == 0
-    executor.poison([p for p in range(executor.num_pages) if p not in used])
+    free = [page for page in range(executor.num_pages) if page not in used]
+    executor.poison(free)
+    return len(free)
 
 
 def test_tokens_across_chunk_sizes_are_the_same(llm, adapter_dirs):
@@ -298,7 +299,11 @@ def test_duplicate_request_id_is_refused_while_in_flight(llm):
     sampling = SamplingParams(max_tokens=100, ignore_eos=True)
 
     def submit():
-        llm._engine.submit("twice", [1, 2], sampling, adapter_uid=None, outbox=outbox)
+        llm._engine.submit(
+            llm._engine.prepare(
+                "twice", [1, 2], sampling, adapter_uid=None, outbox=outbox
+            )
+        )
 
     submit()
     with pytest.raises(InvalidRequestError, match="'twice' is in flight"):
@@ -317,7 +322,11 @@ def test_slow_reader_gets_everything_in_few_deltas(llm):
     outbox = Outbox()
     sampling = SamplingParams(max_tokens=50, temperature=0.0, ignore_eos=True)
     expected = llm.generate([[9, 8, 7]], sampling=sampling)[0].token_ids
-    llm._engine.submit("slow", [9, 8, 7], sampling, adapter_uid=None, outbox=outbox)
+    llm._engine.submit(
+        llm._engine.prepare(
+            "slow", [9, 8, 7], sampling, adapter_uid=None, outbox=outbox
+        )
+    )
     while llm.stats().running:  # meanwhile nobody reads
         time.sleep(0.01)
     _, delta = outbox.get(timeout_s=30)
@@ -345,6 +354,54 @@ def test_dying_engine_answers_everybody(adapter_dirs):
         llm.generate([[1]])
     with pytest.raises(EngineDeadError):
         llm.stats()
+    llm.close()
+
+
+def test_cancel_of_what_is_no_id_is_refused_and_harms_nobody(llm):
+    for bad in (["x"], None, 3, ""):
+        with pytest.raises(InvalidRequestError, match="request_id="):
+            llm.cancel(bad)
+    run(llm, asks(2, seed=12))
+
+
+def test_load_given_up_before_it_starts_leaves_nothing_behind(adapter_dirs):
+    options = SMALL | {"max_loads_in_flight": 1}
+    with LLM(model="tiny", adapters=adapter_dirs, **options) as llm:
+        stream = llm.stream(
+            [[1, 2, 3]] * 4,
+            adapters=["a3", "a5", "a2", "a0"],
+            sampling=SamplingParams(),
+        )
+        next(stream)
+        stream.close()
+        assert_books_are_empty(llm)
+        while llm.stats().loads > sum(i.resident for i in llm.list_adapters()):
+            time.sleep(0.01)
+        assert llm._engine._load_waiters == {}, "nobody waits any more"
+
+
+def test_close_answers_requests_that_the_engine_never_saw(adapter_dirs):
+    llm = LLM(model="tiny", adapters=adapter_dirs, **SMALL)
+    entered, leave = threading.Event(), threading.Event()
+
+    def hold():
+        entered.set()
+        leave.wait(30)
+
+    holder = threading.Thread(target=lambda: llm._engine.on_engine_thread(hold))
+    holder.start()
+    entered.wait(30)
+    results = []
+    caller = threading.Thread(target=lambda: results.extend(llm.generate([[1]] * 3)))
+    caller.start()
+    while len(llm._engine._open_ids) < 3:
+        time.sleep(0.001)
+    llm._engine._closing = True
+    leave.set()
+    caller.join(30)
+    holder.join(30)
+    assert [o.finish_reason for o in results] == ["aborted"] * 3
+    assert all(o.timing.ttft_s is None for o in results)
     llm.close()
 
 

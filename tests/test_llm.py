@@ -1,6 +1,9 @@
 """The front door: arguments, bad input before any work, names, stops, streams."""
 
 import math
+import os
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -19,6 +22,7 @@ from jchameleon.errors import (
     UnknownModelError,
 )
 from jchameleon.llm import LLM
+from jchameleon.runtime.outbox import Outbox
 from jchameleon.sampling import SamplingParams
 
 TINY = ModelConfig.preset("tiny")
@@ -97,7 +101,7 @@ def test_stop_token_ids_end_the_reply_and_are_included(llm):
     assert output.token_ids == tokens[: cut + 1]
 
 
-def test_stop_string_cuts_the_text_and_ends_the_reply(adapter_dir):
+def test_stop_string_cuts_the_text_and_ends_the_reply():
     with LLM(model="tiny", **SMALL) as llm:
         drawn = SamplingParams(max_tokens=120, temperature=1.0, seed=1, ignore_eos=True)
         whole = llm.generate("abc", sampling=drawn)[0]
@@ -158,6 +162,7 @@ BAD_CALLS = {
     ),
     "negative id": ({"prompts": [[-1]]}, InvalidRequestError, "token id -1"),
     "huge id": ({"prompts": [[2**32 - 1]]}, InvalidRequestError, "4294967295"),
+    "enormous id": ({"prompts": [[10**5000]]}, InvalidRequestError, "vocabulary"),
     "bool id": ({"prompts": [[1, True]]}, InvalidRequestError, "True"),
     "prompt too long": (
         {"prompts": [[1] * 257]},
@@ -249,11 +254,66 @@ def test_unknown_option_names_the_nearest():
         ({"dtype": "float16"}, "dtype='float16'"),
         ({"eviction": "mru"}, "eviction='mru'"),
         ({"lora_targets": ("q", "x")}, "lora_targets has 'x'"),
+        ({"lora_targets": 5}, "lora_targets=5"),
+        ({"seed": -1}, "seed=-1"),
+        ({"seed": "x"}, "seed='x'"),
+        ({"admission": 5}, "admission=5"),
+        ({"pool_bytes": 2**60}, "exceeds this machine's memory"),
     ],
 )
 def test_bad_option_is_refused(options, message):
     with pytest.raises(ConfigError, match=message):
         LLM(model="tiny", **(SMALL | options))
+
+
+@pytest.mark.parametrize(
+    ("adapters", "message"), [(["a"], "adapters="), ({"a": None}, "path None")]
+)
+def test_adapters_of_a_wrong_type_are_refused(adapters, message):
+    with pytest.raises(JChameleonError, match=message):
+        LLM(model="tiny", adapters=adapters, **SMALL)
+
+
+def test_stop_without_a_tokenizer_is_refused_by_the_engine(llm):
+    engine, tokenizer = llm._engine, llm._engine._tokenizer
+    engine._tokenizer = None
+    try:
+        with pytest.raises(InvalidRequestError, match="needs a tokenizer"):
+            engine.prepare(
+                "x",
+                [1],
+                SamplingParams(stop="a"),
+                adapter_uid=None,
+                outbox=Outbox(),
+            )
+    finally:
+        engine._tokenizer = tokenizer
+
+
+def test_call_larger_than_the_queue_runs_in_order(adapter_dir):
+    options = SMALL | {"max_waiting": 2}
+    with LLM(model="tiny", adapters={"first": adapter_dir}, **options) as llm:
+        prompts = [[i + 1] for i in range(40)]
+        outputs = llm.generate(prompts, adapters="first", sampling=GREEDY)
+        assert [list(o.prompt_token_ids) for o in outputs] == prompts
+        assert {o.finish_reason for o in outputs} == {"length"}
+        alone = llm.generate([prompts[30]], adapters="first", sampling=GREEDY)[0]
+        assert outputs[30].token_ids == alone.token_ids
+
+
+def test_two_processes_may_check_the_cache_folder_at_once(tmp_path):
+    code = """
+import jax
+from jchameleon.runtime.setup import use_compilation_cache
+for _ in range(300):
+    jax.config.update("jax_compilation_cache_dir", None)
+    use_compilation_cache()
+"""
+    env = os.environ | {"JCHAMELEON_HOME": str(tmp_path)}
+    env.pop("JAX_COMPILATION_CACHE_DIR", None)
+    both = [subprocess.Popen([sys.executable, "-c", code], env=env) for _ in range(2)]
+    assert [process.wait(60) for process in both] == [0, 0]
+    assert list((tmp_path / "xla").iterdir()) == []
 
 
 def test_unwritable_home_is_one_line(tmp_path, monkeypatch):
@@ -282,8 +342,13 @@ def test_adapters_are_added_while_running_and_names_are_kept(
     info = llm.add_adapter("second", tmp_path / "second")
     assert (info.rank, info.targets, info.resident) == (16, ("q", "v"), False)
     assert llm.add_adapter("second", tmp_path / "second").uid == info.uid
+    known = len(llm._engine._adapters)
+    write_random_adapter(
+        tmp_path / "third", TINY, rank=8, targets=("q",), seed=5, dtype="float32"
+    )
     with pytest.raises(AdapterConflictError, match="'second' is taken by content"):
-        llm.add_adapter("second", adapter_dir)
+        llm.add_adapter("second", tmp_path / "third")
+    assert len(llm._engine._adapters) == known, "what was refused is not kept"
     llm.add_adapter("alias", adapter_dir)  # the same content under two names
     list(stream)
     outputs = llm.generate(
@@ -346,7 +411,7 @@ def test_rank_above_the_limit_is_refused(tmp_path):
 
 def test_adapter_larger_than_the_pool_is_refused_before_compiling(adapter_dir):
     started_s = time.monotonic()
-    with pytest.raises(CapacityError, match="rank 8 takes 4 pages .* pool has 4"):
+    with pytest.raises(CapacityError, match="rank 8 takes 4 pages, .* pool has 4"):
         LLM(model="tiny", adapters={"a": adapter_dir}, pool_bytes=6 * 8192, **SMALL)
     assert time.monotonic() - started_s < 5
 

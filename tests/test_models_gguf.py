@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from model_files import interleave, tiny_tensors, write_gguf
-from smollm2 import smollm2_path
+from smollm2 import smollm2_path, transformers_smollm2
 
 from jchameleon.config import ModelConfig, RopeScaling
 from jchameleon.errors import ModelLoadError
@@ -377,14 +377,8 @@ def test_params_tiny_file_equals_the_import_of_transformers(tmp_path):
 
 
 def test_params_smollm2_equal_the_import_of_transformers():
-    transformers = pytest.importorskip("transformers", reason="needs transformers")
-    torch = pytest.importorskip("torch", reason="needs torch")
-    path = smollm2_path()
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        path.parent, gguf_file=path.name, dtype=torch.float32
-    )
-    views = load_views(path)
-    state = model.state_dict()
+    state = transformers_smollm2().state_dict()
+    views = load_views(smollm2_path())
     assert set(state) - set(views) == {"lm_head.weight"}  # tied
     assert set(views) <= set(state)
     for name, view in views.items():

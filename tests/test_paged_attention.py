@@ -11,14 +11,13 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from jchameleon.config import PROJECTIONS, ModelConfig
+from jchameleon.config import PROJECTIONS, TRASH_PAGE, ModelConfig
 from jchameleon.lora.layout import ChunkLayout
 from jchameleon.models.llama import Llama
 from jchameleon.models.params import random_params
 from jchameleon.pallas.multi_lora import LoraWork, build_lora_work, max_work_items
 from jchameleon.pallas.paged_attention import (
     CONTEXT_TOKENS_PER_STEP,
-    TRASH_PAGE,
     paged_attention,
     write_kv,
 )

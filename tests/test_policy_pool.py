@@ -7,10 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from jchameleon.config import NULL_PAGE, RESERVED_PAGES, TRASH_PAGE
 from jchameleon.runtime.policy.pool import (
-    RESERVED_PAGES,
-    TRASH_PAGE,
-    ZERO_PAGE,
     PagePool,
     PoolExhausted,
 )
@@ -35,7 +33,7 @@ class NaivePool:
         for owner, pages in self.owned.items():
             assert pool.pages_of(owner) == pages
         owned = [page for pages in self.owned.values() for page in pages]
-        assert ZERO_PAGE not in owned and TRASH_PAGE not in owned
+        assert NULL_PAGE not in owned and TRASH_PAGE not in owned
         assert len(owned) + pool.free_pages + RESERVED_PAGES == pool.num_pages
 
 

@@ -9,14 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jchameleon.config import PROJECTIONS, ModelConfig, RopeScaling
+from jchameleon.config import PROJECTIONS, TRASH_PAGE, ModelConfig, RopeScaling
 from jchameleon.lora.adapter import HostAdapter, LoraPair
 from jchameleon.lora.layout import ChunkLayout
 from jchameleon.models.dense import dense_logits, from_host
 from jchameleon.models.llama import Llama
 from jchameleon.models.params import numpy_dtype, random_params
 from jchameleon.pallas.multi_lora import LoraWork, build_lora_work, max_work_items
-from jchameleon.pallas.paged_attention import TRASH_PAGE
 from jchameleon.runtime.programs import ModelParams, StepBatch, model_step
 
 TINY = ModelConfig.preset("tiny")

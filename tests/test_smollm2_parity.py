@@ -14,7 +14,7 @@ from engine_harness import (
     quiet,
     random_peft_model,
 )
-from smollm2 import smollm2_path
+from smollm2 import smollm2_path, transformers_smollm2
 
 from jchameleon.llm import LLM
 from jchameleon.outputs import RequestOutput
@@ -77,12 +77,9 @@ def run(oracle, tmp_path_factory):
     path = smollm2_path()
     folder = tmp_path_factory.mktemp("adapter")
     with quiet():
-        base = oracle.transformers.AutoModelForCausalLM.from_pretrained(
-            path.parent, gguf_file=path.name, dtype=oracle.torch.float32
-        )
         model = random_peft_model(
             oracle,
-            base,
+            transformers_smollm2(),
             folder,
             seed=0,
             strength=0.25,
@@ -116,6 +113,7 @@ def run(oracle, tmp_path_factory):
             reference=[*base, teacher_forced(oracle, model, outputs[-1])],
             without_adapter=without_adapter,
         )
+    model.unload()  # the base model belongs to other tests too
 
 
 def teacher_forced(oracle, model, output):

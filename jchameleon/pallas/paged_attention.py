@@ -14,8 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-TRASH_PAGE = 1
-"""Page that takes what padding tokens write; never read."""
+from jchameleon.config import TRASH_PAGE
 
 CONTEXT_TOKENS_PER_STEP = 128
 """Context tokens that one turn of the loop gathers for every tile."""

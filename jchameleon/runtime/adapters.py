@@ -7,7 +7,7 @@ uid, so a name can never lead to the wrong weights.
 import threading
 from pathlib import Path
 
-from jchameleon.config import ModelConfig
+from jchameleon.config import RESERVED_PAGES, ModelConfig
 from jchameleon.errors import (
     AdapterConflictError,
     AdapterError,
@@ -18,7 +18,6 @@ from jchameleon.lora.adapter import HostAdapter
 from jchameleon.lora.layout import ChunkLayout
 from jchameleon.lora.peft import load_peft_adapter
 from jchameleon.runtime.policy.planner import Planner
-from jchameleon.runtime.policy.pool import RESERVED_PAGES
 
 MAX_NAME_CHARS = 128
 
@@ -30,7 +29,7 @@ class AdapterRegistry:
         """Create an empty registry for adapters of one model."""
         self._model = model
         self._max_rank = max_rank
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._uids: dict[str, str] = {}
         self._adapters: dict[str, HostAdapter] = {}
 
@@ -41,7 +40,19 @@ class AdapterRegistry:
           AdapterError: the name or the directory is not acceptable.
         """
         check_name(name)
+        if not isinstance(path, str | Path):
+            raise AdapterError(f"adapter {name!r}: path {path!r:.80} must be a path")
         return load_peft_adapter(path, self._model, max_rank=self._max_rank)
+
+    def check(self, name: str, adapter: HostAdapter) -> None:
+        """Raise AdapterConflictError if `name` stands for other content."""
+        with self._lock:
+            known = self._uids.get(name)
+        if known is not None and known != adapter.uid:
+            raise AdapterConflictError(
+                f"adapter name {name!r} is taken by content {known[:12]}, and "
+                f"{adapter.source} has content {adapter.uid[:12]}; use another name"
+            )
 
     def add(self, name: str, adapter: HostAdapter) -> None:
         """Register `adapter` under `name`; the same content again is no change.
@@ -51,12 +62,7 @@ class AdapterRegistry:
         """
         check_name(name)
         with self._lock:
-            known = self._uids.get(name)
-            if known is not None and known != adapter.uid:
-                raise AdapterConflictError(
-                    f"adapter name {name!r} is taken by content {known[:12]}, and "
-                    f"{adapter.source} has content {adapter.uid[:12]}; use another name"
-                )
+            self.check(name, adapter)
             self._uids[name] = adapter.uid
             self._adapters.setdefault(adapter.uid, adapter)
 

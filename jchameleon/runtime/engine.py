@@ -31,8 +31,8 @@ from jchameleon.lora.adapter import HostAdapter
 from jchameleon.models.tokenizer import Tokenizer
 from jchameleon.runtime.adapters import check_fits
 from jchameleon.runtime.executor import Executor
-from jchameleon.runtime.live import LiveRequest, Submission
-from jchameleon.runtime.outbox import Delta, FinishReason, Outbox
+from jchameleon.runtime.live import LiveRequest
+from jchameleon.runtime.outbox import FinishReason, Outbox
 from jchameleon.runtime.policy.events import (
     AdapterRegistered,
     Arrival,
@@ -46,6 +46,12 @@ from jchameleon.runtime.policy.planner import Planner
 from jchameleon.runtime.policy.request import Request
 from jchameleon.runtime.policy.residency import AdapterStats
 from jchameleon.runtime.sampler import INVALID_TOKEN
+from jchameleon.runtime.submission import (
+    Submission,
+    check_limits,
+    check_request_id,
+    prompt_array,
+)
 from jchameleon.runtime.transfer import AdapterLoader
 from jchameleon.sampling import SamplingParams
 
@@ -106,13 +112,13 @@ class Engine:
         self._adapters: dict[str, HostAdapter] = {}
         self._live: dict[str, LiveRequest] = {}
         self._load_pages: dict[str, tuple[int, ...]] = {}
-        self._load_waiters: dict[str, list[str]] = {}
+        self._load_waiters: dict[str, list[LiveRequest]] = {}
         self._records: collections.deque[StepRecord] = collections.deque(
             maxlen=RECORDED_STEPS
         )
         self._questions: collections.deque[Any] = collections.deque()
         self._ids_lock = threading.Lock()
-        self._open_ids: dict[str, Outbox] = {}
+        self._open_ids: set[str] = set()
         self._closing = False
         self._death: str | None = None
         self._thread = threading.Thread(
@@ -133,7 +139,7 @@ class Engine:
         self._adapters.setdefault(adapter.uid, adapter)
         self._inbox.put(AdapterRegistered(adapter.uid, adapter.rank, pages))
 
-    def submit(
+    def prepare(
         self,
         request_id: str,
         prompt: Sequence[int],
@@ -141,17 +147,30 @@ class Engine:
         *,
         adapter_uid: str | None,
         outbox: Outbox,
-    ) -> None:
-        """Validate a request and queue it.
+    ) -> Submission:
+        """Validate a request; `submit` takes the result.
 
         Raises:
-          InvalidRequestError: prompt or sampling is outside the engine's limits.
+          InvalidRequestError: id, prompt or sampling is outside the engine's limits.
           CapacityError: it can never fit in the pool.
-          QueueFullError: `max_waiting` requests are open beyond those that run.
-          EngineDeadError: the engine has stopped.
         """
-        tokens = self.validate(prompt, sampling, adapter_uid=adapter_uid)
-        submission = Submission(
+        check_request_id(request_id)
+        tokens = prompt_array(prompt, self._executor.model.vocab_size)
+        check_limits(
+            tokens,
+            sampling,
+            vocab_size=self._executor.model.vocab_size,
+            max_model_len=self.max_model_len,
+            has_tokenizer=self._tokenizer is not None,
+        )
+        pages = 0
+        if adapter_uid is not None:
+            rank = self._adapters[adapter_uid].rank
+            pages = self._executor.layout.num_pages(rank)
+        reason = self._planner.can_ever_fit(len(tokens), sampling.max_tokens, pages)
+        if reason is not None:
+            raise CapacityError(reason)
+        return Submission(
             request_id=request_id,
             prompt=tokens,
             sampling=sampling,
@@ -159,6 +178,16 @@ class Engine:
             arrival_s=time.monotonic(),
             outbox=outbox,
         )
+
+    def submit(self, submission: Submission) -> None:
+        """Queue what `prepare` returned; its deltas come through its outbox.
+
+        Raises:
+          InvalidRequestError: a request of this id is in flight.
+          QueueFullError: `max_waiting` requests are open beyond those that run.
+          EngineDeadError: the engine has stopped.
+        """
+        request_id = submission.request_id
         with self._ids_lock:
             self._check_alive()
             if request_id in self._open_ids:
@@ -169,49 +198,17 @@ class Engine:
                     f"{limit} requests are open already; max_waiting="
                     f"{self._config.max_waiting} allows no more"
                 )
-            self._open_ids[request_id] = outbox
-            # Inside the lock: after it a dying engine fails all open requests.
-            self._inbox.put(submission)
-
-    def validate(
-        self,
-        prompt: Sequence[int],
-        sampling: SamplingParams,
-        *,
-        adapter_uid: str | None,
-    ) -> np.ndarray:
-        """Return the prompt as i32[n], or raise as `submit` does."""
-        vocab_size = self._executor.model.vocab_size
-        if len(prompt) == 0:
-            raise InvalidRequestError("prompt is empty; it must have at least 1 token")
-        for token in prompt:
-            if (
-                isinstance(token, bool)
-                or not isinstance(token, int | np.integer)
-                or not 0 <= token < vocab_size
-            ):
-                raise InvalidRequestError(
-                    f"prompt has token id {token!r}, outside the vocabulary of "
-                    f"{vocab_size}"
-                )
-        total = len(prompt) + sampling.max_tokens
-        if total > self.max_model_len:
-            raise InvalidRequestError(
-                f"prompt of {len(prompt)} tokens + max_tokens={sampling.max_tokens} = "
-                f"{total} exceeds max_model_len={self.max_model_len}"
-            )
-        sampling.validate_for(vocab_size)
-        pages = 0
-        if adapter_uid is not None:
-            rank = self._adapters[adapter_uid].rank
-            pages = self._executor.layout.num_pages(rank)
-        reason = self._planner.can_ever_fit(len(prompt), sampling.max_tokens, pages)
-        if reason is not None:
-            raise CapacityError(reason)
-        return np.asarray(prompt, np.int32)
+            self._open_ids.add(request_id)
+            # Inside the lock: after it a dying engine answers all open requests.
+            self._inbox.put(dataclasses.replace(submission, arrival_s=time.monotonic()))
 
     def cancel(self, request_id: str) -> None:
-        """End a request early with what it has; unknown ids are ignored."""
+        """End a request early with what it has; unknown ids are ignored.
+
+        Raises:
+          InvalidRequestError: the id is no string.
+        """
+        check_request_id(request_id)
         self._inbox.put(Cancel(request_id))
 
     def books(self) -> Books:
@@ -326,9 +323,8 @@ class Engine:
                 error = f"adapter could not be loaded: {load.error}"
             events.append(LoadDone(load.uid, error))
             now_s = time.monotonic()
-            for request_id in self._load_waiters.pop(load.uid, ()):
-                if request_id in self._live:
-                    self._live[request_id].adapter_arrived(now_s)
+            for live in self._load_waiters.pop(load.uid, ()):
+                live.adapter_arrived(now_s)
         return events
 
     def _apply(self, plan: Plan, now_s: float) -> None:
@@ -344,7 +340,7 @@ class Engine:
             )
             uid = live.submission.adapter_uid
             if uid is not None and not hit:
-                self._load_waiters.setdefault(uid, []).append(request_id)
+                self._load_waiters.setdefault(uid, []).append(live)
         for load in plan.loads:
             self._load_pages[load.uid] = load.pages
             self._loader.start(self._adapters[load.uid], load.pages)
@@ -411,30 +407,33 @@ class Engine:
     ) -> None:
         """Send the last delta; pages return with the event that the caller reports."""
         live = self._live.pop(request_id)
+        uid = live.submission.adapter_uid
+        if uid is not None and live in self._load_waiters.get(uid, ()):
+            self._load_waiters[uid].remove(live)
+            if not self._load_waiters[uid]:
+                del self._load_waiters[uid]
         delta = live.last_delta(
             reason, time.monotonic(), error=error, token_ids=token_ids
         )
         with self._ids_lock:
-            del self._open_ids[request_id]
+            self._open_ids.discard(request_id)
         live.submission.outbox.put(request_id, delta)
 
     def _end_all(self, reason: str, finish: FinishReason) -> None:
         """Answer everything still open; nothing is accepted from here on."""
         with self._ids_lock:
             self._death = reason
-        for request_id in list(self._live):
-            self._finish(request_id, finish, reason)
-        for request_id, outbox in list(self._open_ids.items()):
-            # Submitted, but never seen by this thread.
-            outbox.put(request_id, Delta(finish_reason=finish, error=reason))
-        self._open_ids.clear()
         while True:
             try:
                 message = self._inbox.get_nowait()
             except queue.Empty:
                 break
-            if isinstance(message, tuple):
+            if isinstance(message, Submission):
+                self._accept(message)
+            elif isinstance(message, tuple):
                 self._questions.append(message)
+        for request_id in list(self._live):
+            self._finish(request_id, finish, reason)
         for future, _ in self._questions:
             future.set_exception(EngineDeadError(reason))
         self._loader.close()

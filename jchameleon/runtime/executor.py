@@ -17,10 +17,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jchameleon.config import PREFILL_TILE_TOKENS, EngineConfig, ModelConfig
+from jchameleon.config import PREFILL_TILE_TOKENS, TRASH_PAGE, EngineConfig, ModelConfig
+from jchameleon.errors import ConfigError
 from jchameleon.lora.layout import ChunkLayout
 from jchameleon.pallas.multi_lora import LoraWork, build_lora_work, max_work_items
-from jchameleon.pallas.paged_attention import TRASH_PAGE
 from jchameleon.runtime.programs import (
     ModelParams,
     StepBatch,
@@ -33,7 +33,13 @@ from jchameleon.runtime.transfer import Piece, piece_pages
 logger = logging.getLogger(__name__)
 
 DECODE_ROWS = (1, 4, 16, 32, 64, 128, 256)
-"""Rows of decode programs, up to the power of two that holds `max_running`."""
+"""Rows of decode programs, up to the power of two that holds `max_running`.
+
+Fewer than all powers of two: every size is a program to compile at start.
+"""
+
+PREFILL_SIZES = 5
+"""Prefill programs at most."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -98,10 +104,18 @@ class Executor:
         self._commit: Any = None
         self._adapter_pages: dict[str, np.ndarray] = {}
         self._lora_cache: tuple[Any, LoraWork] | None = None
-        self._pools = [
-            jnp.zeros((num_pages, layout.page_elems), self._dtype, device=self._device)
-            for _ in range(model.num_layers)
-        ]
+        shape = (num_pages, layout.page_elems)
+        try:
+            self._pools = [
+                jnp.zeros(shape, self._dtype, device=self._device)
+                for _ in range(model.num_layers)
+            ]
+        except jax.errors.JaxRuntimeError as error:
+            reason = str(error).splitlines()[0]
+            raise ConfigError(
+                f"{num_pages} pages do not fit on {self._device}, lower pool_bytes: "
+                f"{reason}"
+            ) from error
 
     @property
     def pool_bytes(self) -> int:
@@ -135,8 +149,7 @@ class Executor:
             # The largest first: they take longest.
             for _ in threads.map(self._compile_step, sorted(jobs, reverse=True)):
                 pass
-            rows = {r for r in self._decode_rows}
-            rows |= {t // PREFILL_TILE_TOKENS for t in self._prefill_tokens}
+            rows = {sampler_rows(num_tokens // tile) for tile, num_tokens in jobs}
             for _ in threads.map(self._compile_sampler, sorted(rows)):
                 pass
         self._compile_commit()
@@ -224,9 +237,9 @@ class Executor:
         kv_pages = np.full(num_tokens, TRASH_PAGE, np.int32)
         page_table = np.zeros((num_tiles, self.max_blocks), np.int32)
         context = np.ones(num_tiles, np.int32)
-        logit_tokens = np.arange(num_tiles, dtype=np.int32) * tile
+        logit_tokens = np.zeros(sampler_rows(num_tiles), np.int32)
         token_adapter = np.full(num_tokens, -1, np.int32)
-        sampling = empty_sampling(num_tiles)
+        sampling = empty_sampling(len(logit_tokens))
         uids: dict[str, int] = {}
         at = 0  # first tile of the row
         for row, num_row_tiles in zip(rows, tiles, strict=True):
@@ -335,16 +348,30 @@ def decode_buckets(max_running: int) -> tuple[int, ...]:
 
 
 def prefill_buckets(max_batch_tokens: int) -> tuple[int, ...]:
-    """Return the token counts of prefill programs: powers of two times a tile.
+    """Return the token counts of prefill programs: whole tiles, evenly spread.
 
-    At most five, the largest of which is `max_batch_tokens` in whole tiles.
+    At most `PREFILL_SIZES`, from one tile to `max_batch_tokens`, each at most twice
+    the one before where that suffices, else a constant factor apart.
     """
     largest = max_batch_tokens // PREFILL_TILE_TOKENS
-    sizes = [1]
-    while sizes[-1] * 2 < largest:
-        sizes.append(sizes[-1] * 2)
-    sizes = sorted({*sizes[:4], largest})
-    return tuple(size * PREFILL_TILE_TOKENS for size in sizes)
+    factor = max(2.0, largest ** (1 / (PREFILL_SIZES - 1)))
+    sizes = {largest}
+    size = 1.0
+    while round(size) < largest:
+        sizes.add(round(size))
+        size *= factor
+    return tuple(size * PREFILL_TILE_TOKENS for size in sorted(sizes))
+
+
+def sampler_rows(num_tiles: int) -> int:
+    """Return the rows of the sampler for a step with this many logits: a decode size.
+
+    Prefill steps share the samplers of decode that way.
+    """
+    return next(
+        (size for size in DECODE_ROWS if size >= num_tiles),
+        1 << (num_tiles - 1).bit_length(),
+    )
 
 
 def _row_tiles(rows: Sequence[StepRow], *, prefill: bool) -> list[int]:

@@ -1,32 +1,12 @@
 """A request while it waits or runs: its tokens, pages, text and time marks."""
 
-import dataclasses
-
 import numpy as np
 
 from jchameleon.models.tokenizer import Tokenizer
 from jchameleon.runtime.executor import RowSampling, StepRow
-from jchameleon.runtime.outbox import Delta, FinishReason, Outbox, RequestTiming
+from jchameleon.runtime.outbox import Delta, FinishReason, RequestTiming
 from jchameleon.runtime.output import OutputText
-from jchameleon.sampling import SamplingParams
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Submission:
-    """A validated request on its way to the engine thread.
-
-    Attributes:
-      prompt: i32[n] token ids.
-      adapter_uid: content hash, or None for the base model.
-      outbox: where its deltas go.
-    """
-
-    request_id: str
-    prompt: np.ndarray
-    sampling: SamplingParams
-    adapter_uid: str | None
-    arrival_s: float
-    outbox: Outbox
+from jchameleon.runtime.submission import Submission
 
 
 class LiveRequest:

@@ -32,7 +32,8 @@ class StepBatch:
       kv_pages: i32[T], page that takes each token's key and value.
       page_table: i32[NT, NB], pages of each tile's request; 0 pads.
       context_tokens: i32[NT], last position of the tile + 1; 1 for padding.
-      logit_tokens: i32[NT], the token of each tile whose logits are wanted.
+      logit_tokens: i32[R], the tokens whose logits are wanted: one of each tile,
+        and padding up to the rows of a sampler.
       lora: the adapters' work list.
     """
 
@@ -86,7 +87,7 @@ def model_step(
     layout: ChunkLayout,
     block_tokens: int,
 ) -> tuple[jax.Array, list[jax.Array]]:
-    """Return logits f32[V, NT] of each tile's `logit_tokens`, and the new pools."""
+    """Return logits f32[V, R] of `logit_tokens`, and the new pools."""
     model = merge_model(treedef, leaves)
     rope = model.rope(batch.positions)
     x = model.embed_tokens(batch.tokens)
@@ -123,8 +124,8 @@ def _layer_step(
     layer = nnx.merge(graphdef, state)
     config: ModelConfig = layer.config
     groups = {group.name: group for group in layout.groups}
-    # The adapters' pages are never written in a step, so LoRA reads the pool as it
-    # came in and only attention sees the one with this step's keys and values.
+    # One value of the pool is alive at a time, so XLA updates it in place: after
+    # `attend` the adapters too are read from the pool that holds this step's keys.
     new_pool = pool
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:

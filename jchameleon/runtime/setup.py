@@ -1,5 +1,7 @@
 """Put an engine together: what is configured, what the model allows, what fits."""
 
+import os
+import tempfile
 from collections.abc import Iterable, Sequence
 
 import jax
@@ -27,7 +29,7 @@ from jchameleon.runtime.policy.registry import create_policy
 from jchameleon.runtime.programs import ModelParams
 
 DEFAULT_POOL_BYTES = 1 << 30
-"""Pool of an engine that is given none, on a device that does not tell its memory."""
+"""Pool of an engine whose configuration names no size."""
 
 
 def build_executor(
@@ -91,9 +93,8 @@ def use_compilation_cache() -> None:
     try:
         # Programs are code: nobody else may write here.
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        probe = folder / ".writable"
-        probe.touch()
-        probe.unlink()
+        with tempfile.TemporaryFile(dir=folder):
+            pass
     except OSError as error:
         raise ConfigError(
             f"cannot write the compilation cache {folder}: {error}; set "
@@ -143,6 +144,11 @@ def resolve_num_pages(
     itemsize = jnp.dtype(config.dtype).itemsize
     page_bytes = layout.page_elems * itemsize * model.num_layers
     if config.pool_bytes is not None:
+        if config.pool_bytes > host_memory_bytes() and jax.default_backend() == "cpu":
+            raise ConfigError(
+                f"pool_bytes={config.pool_bytes} exceeds this machine's memory of "
+                f"{host_memory_bytes()} bytes"
+            )
         pages = config.pool_bytes // page_bytes
         if pages < 3:
             raise ConfigError(
@@ -155,6 +161,11 @@ def resolve_num_pages(
     useful = 2 * config.max_running * blocks
     least = 2 + blocks + layout.num_pages(config.max_lora_rank)
     return max(least, min(useful, DEFAULT_POOL_BYTES // page_bytes))
+
+
+def host_memory_bytes() -> int:
+    """Return the physical memory of this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def build_planner(config: EngineConfig, num_pages: int) -> Planner:

@@ -8,7 +8,6 @@ block is a fresh array that nobody writes again.
 import concurrent.futures
 import dataclasses
 import logging
-import time
 from collections.abc import Callable
 
 import jax
@@ -44,13 +43,11 @@ class FinishedLoad:
       uid: the adapter.
       pieces: what to commit; empty after a failure.
       error: why it failed, or None.
-      seconds: time from start to arrival.
     """
 
     uid: str
     pieces: tuple[Piece, ...]
     error: str | None
-    seconds: float
 
 
 def piece_pages(layout: ChunkLayout) -> int:
@@ -100,7 +97,7 @@ class AdapterLoader:
         self._threads = concurrent.futures.ThreadPoolExecutor(
             threads, thread_name_prefix="jchameleon-load"
         )
-        self._started: dict[str, tuple[float, concurrent.futures.Future]] = {}
+        self._started: dict[str, concurrent.futures.Future] = {}
 
     @property
     def in_flight(self) -> int:
@@ -112,12 +109,12 @@ class AdapterLoader:
         assert adapter.uid not in self._started, "one load per adapter"
         future = self._threads.submit(self._stage, adapter, pages)
         future.add_done_callback(lambda _: self._notify())
-        self._started[adapter.uid] = (time.monotonic(), future)
+        self._started[adapter.uid] = future
 
     def poll(self) -> list[FinishedLoad]:
         """Return the loads that arrived or failed since the last call."""
         finished = []
-        for uid, (started_s, future) in list(self._started.items()):
+        for uid, future in list(self._started.items()):
             if not future.done():
                 continue
             error = future.exception()
@@ -131,7 +128,6 @@ class AdapterLoader:
                     uid=uid,
                     pieces=() if error else tuple(future.result()),
                     error=f"{type(error).__name__}: {error}" if error else None,
-                    seconds=time.monotonic() - started_s,
                 )
             )
         return finished

@@ -9,6 +9,7 @@ import dataclasses
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 
+from jchameleon.config import RESERVED_PAGES
 from jchameleon.errors import ConfigError
 from jchameleon.runtime.policy.admission import AdmissionPolicy
 from jchameleon.runtime.policy.events import (
@@ -21,7 +22,7 @@ from jchameleon.runtime.policy.events import (
 )
 from jchameleon.runtime.policy.eviction import EvictionPolicy, choose_victims
 from jchameleon.runtime.policy.plan import Books, Load, Plan, PrefillChunk
-from jchameleon.runtime.policy.pool import RESERVED_PAGES, PagePool
+from jchameleon.runtime.policy.pool import PagePool
 from jchameleon.runtime.policy.predictor import LengthPredictor
 from jchameleon.runtime.policy.prefetch import PrefetchPolicy
 from jchameleon.runtime.policy.request import Request

@@ -2,15 +2,8 @@
 
 from collections.abc import Hashable
 
+from jchameleon.config import RESERVED_PAGES
 from jchameleon.errors import JChameleonError
-
-ZERO_PAGE = 0
-"""All zeros, never written: padding of adapter tables points there."""
-
-TRASH_PAGE = 1
-"""Padding rows write there; nobody reads it."""
-
-RESERVED_PAGES = 2
 
 
 class PoolExhausted(JChameleonError, RuntimeError):

@@ -1,0 +1,80 @@
+"""A request at the edge: checked on the caller's thread before the engine sees it."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from jchameleon.errors import InvalidRequestError
+from jchameleon.runtime.outbox import Outbox
+from jchameleon.sampling import SamplingParams, shown
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Submission:
+    """A validated request on its way to the engine thread.
+
+    Attributes:
+      prompt: i32[n] token ids.
+      adapter_uid: content hash, or None for the base model.
+      outbox: where its deltas go.
+    """
+
+    request_id: str
+    prompt: np.ndarray
+    sampling: SamplingParams
+    adapter_uid: str | None
+    arrival_s: float
+    outbox: Outbox
+
+
+def check_request_id(request_id: str) -> None:
+    """Raise InvalidRequestError unless `request_id` is a non-empty string."""
+    if not isinstance(request_id, str) or not request_id:
+        raise InvalidRequestError(
+            f"request_id={shown(request_id)} must be a non-empty string"
+        )
+
+
+def prompt_array(prompt: Sequence[int], vocab_size: int) -> np.ndarray:
+    """Return token ids as i32[n].
+
+    Raises:
+      InvalidRequestError: there are none, or one is no id of the vocabulary.
+    """
+    if len(prompt) == 0:
+        raise InvalidRequestError("prompt is empty; it must have at least 1 token")
+    for token in prompt:
+        if (
+            isinstance(token, bool)
+            or not isinstance(token, int | np.integer)
+            or not 0 <= token < vocab_size
+        ):
+            raise InvalidRequestError(
+                f"prompt has token id {shown(token)}, outside the vocabulary of "
+                f"{vocab_size}"
+            )
+    return np.asarray(prompt, np.int32)
+
+
+def check_limits(
+    tokens: np.ndarray,  # i32[n]
+    sampling: SamplingParams,
+    *,
+    vocab_size: int,
+    max_model_len: int,
+    has_tokenizer: bool,
+) -> None:
+    """Raise InvalidRequestError where prompt or sampling exceed the engine's limits."""
+    total = len(tokens) + sampling.max_tokens
+    if total > max_model_len:
+        raise InvalidRequestError(
+            f"prompt of {len(tokens)} tokens + max_tokens={sampling.max_tokens} = "
+            f"{total} exceeds max_model_len={max_model_len}"
+        )
+    sampling.validate_for(vocab_size)
+    if sampling.stop and not has_tokenizer:
+        raise InvalidRequestError(
+            f"stop={list(sampling.stop)} needs a tokenizer, and this model has "
+            "none; use stop_token_ids"
+        )
