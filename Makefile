@@ -48,7 +48,7 @@ demo: .venv-demo/.ready
 	@.venv-demo/bin/python tools/demo.py
 
 test: .venv-test/.ready
-	@.venv-test/bin/python -m pytest $(PYTEST_ARGS)
+	@.venv-test/bin/python -m pytest --numprocesses 2 --dist loadfile $(PYTEST_ARGS)
 
 lint: .venv-test/.ready
 	@.venv-test/bin/ruff check .

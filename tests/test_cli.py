@@ -284,7 +284,12 @@ def test_generate_with_an_unknown_model_is_one_line(model, capsys):
 def test_generate_streams_one_prompt_and_ctrl_c_ends_it():
     argv = ["generate", "--model", "tiny", "--raw", *SMALL_ENGINE, "4096"]
     argv += ["--max-tokens", "4000", "--ignore-eos", "--prompt", "x"]
-    process = start(argv, env={**os.environ, "PYTHONUNBUFFERED": "1"})
+    # A shell that runs tests in the background has them, and their children, ignore it.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        process = start(argv, env={**os.environ, "PYTHONUNBUFFERED": "1"})
+    finally:
+        signal.signal(signal.SIGINT, before)
     first = process.stdout.read(1)
     process.send_signal(signal.SIGINT)
     rest, err = process.communicate(timeout=60)

@@ -26,7 +26,7 @@ from jchameleon.runtime.outbox import Outbox
 from jchameleon.sampling import SamplingParams
 
 TINY = ModelConfig.preset("tiny")
-SMALL = {"max_running": 4, "max_batch_tokens": 64, "max_model_len": 256}
+SMALL = {"max_running": 4, "max_batch_tokens": 64, "max_model_len": 512}
 GREEDY = SamplingParams(max_tokens=20, temperature=0.0, ignore_eos=True)
 
 
@@ -165,14 +165,14 @@ BAD_CALLS = {
     "enormous id": ({"prompts": [[10**5000]]}, InvalidRequestError, "vocabulary"),
     "bool id": ({"prompts": [[1, True]]}, InvalidRequestError, "True"),
     "prompt too long": (
-        {"prompts": [[1] * 257]},
+        {"prompts": [[1] * 513]},
         InvalidRequestError,
-        "exceeds max_model_len=256",
+        "exceeds max_model_len=512",
     ),
     "prompt and output too long": (
-        {"prompts": [[1] * 200], "sampling": SamplingParams(max_tokens=57)},
+        {"prompts": [[1] * 400], "sampling": SamplingParams(max_tokens=113)},
         InvalidRequestError,
-        r"200 tokens \+ max_tokens=57 = 257 exceeds max_model_len=256",
+        r"400 tokens \+ max_tokens=113 = 513 exceeds max_model_len=512",
     ),
     "stop id past the vocabulary": (
         {"prompts": "a", "sampling": SamplingParams(stop_token_ids=(259,))},

@@ -148,12 +148,12 @@ def print_table(
     Tokens/s are those of the second run: a group's tokens over the time until its last
     reply ended, while all the others ran too.
     """
-    row = "{:<9} {:>5} {:>8} {:>11} {:>11} {:>9} {:>11} {:>13}"
+    row = "{:<9} {:>5} {:>8} {:>11} {:>11} {:>9} {:>11} {:>13} {:>9}"
     print()
     print(
         row.format(
             *("adapter", "rank", "replies", "TTFT first", "TTFT again", "tokens/s"),
-            *("cache hits", "cache misses"),
+            *("cache hits", "cache misses", "pool"),
         )
     )
     for name in [*names, "all"]:
@@ -163,11 +163,12 @@ def print_table(
         ttfts = [f"{sum(r.ttft_s for r in g) / len(g):.2f} s" for g in groups]
         tokens = sum(reply.num_tokens for reply in groups[1])
         rate = tokens / max(reply.total_s for reply in groups[1])
-        rank = hits = misses = "-"
+        facts = ["-"] * 4
         if info := infos.get(name):
-            rank, hits, misses = str(info.rank), str(info.hits), str(info.misses)
+            pool = f"{info.device_bytes / 2**20:.1f} MiB"
+            facts = [str(info.rank), str(info.hits), str(info.misses), pool]
         replies = sum(map(len, groups))
-        print(row.format(name, rank, replies, *ttfts, f"{rate:.1f}", hits, misses))
+        print(row.format(name, facts[0], replies, *ttfts, f"{rate:.1f}", *facts[1:]))
 
 
 if __name__ == "__main__":
