@@ -17,8 +17,8 @@ from jchameleon.lora.adapter import HostAdapter
 from jchameleon.models.loader import load_model
 from jchameleon.outputs import AdapterInfo, EngineStats, RequestDelta, RequestOutput
 from jchameleon.runtime.adapters import AdapterRegistry
-from jchameleon.runtime.engine import StepRecord
 from jchameleon.runtime.outbox import Delta, Outbox
+from jchameleon.runtime.records import StepRecord
 from jchameleon.runtime.setup import build_executor, start_engine
 from jchameleon.runtime.submission import Submission
 from jchameleon.sampling import SamplingParams

@@ -43,8 +43,8 @@ def random_tokens(config, shape, *, seed=0):
 
 
 def test_dense_logits_equal_transformers(model):
-    transformers = pytest.importorskip("transformers")
-    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers", reason="oracle: 3.11 only")
+    torch = pytest.importorskip("torch", reason="oracle: 3.11 only")
     path, config, params = model
     reference = transformers.LlamaForCausalLM.from_pretrained(path)
     tokens = random_tokens(config, (3, 17))

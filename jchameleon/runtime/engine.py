@@ -45,6 +45,7 @@ from jchameleon.runtime.policy.plan import Books, Plan
 from jchameleon.runtime.policy.planner import Planner
 from jchameleon.runtime.policy.request import Request
 from jchameleon.runtime.policy.residency import AdapterStats
+from jchameleon.runtime.records import StepRecord
 from jchameleon.runtime.sampler import INVALID_TOKEN
 from jchameleon.runtime.submission import (
     Submission,
@@ -61,25 +62,6 @@ LOAD_POLL_S = 0.002
 """How often an otherwise idle engine looks whether a device copy has arrived."""
 
 RECORDED_STEPS = 4096
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class StepRecord:
-    """What one iteration ran, for tests, tuning and cost models.
-
-    Attributes:
-      start_s: on the engine's monotonic clock.
-      duration_s: device work and read-back of the iteration.
-      prefill: (request id, prompt tokens run) of each chunk.
-      decode: ids of the requests that decoded.
-      resident: adapters on the device.
-    """
-
-    start_s: float
-    duration_s: float
-    prefill: tuple[tuple[str, int], ...]
-    decode: tuple[str, ...]
-    resident: int
 
 
 class Engine:

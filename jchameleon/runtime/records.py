@@ -1,0 +1,22 @@
+"""What each iteration ran: for tests, tuning and cost models."""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class StepRecord:
+    """What one iteration ran, for tests, tuning and cost models.
+
+    Attributes:
+      start_s: on the engine's monotonic clock.
+      duration_s: device work and read-back of the iteration.
+      prefill: (request id, prompt tokens run) of each chunk.
+      decode: ids of the requests that decoded.
+      resident: adapters on the device.
+    """
+
+    start_s: float
+    duration_s: float
+    prefill: tuple[tuple[str, int], ...]
+    decode: tuple[str, ...]
+    resident: int
