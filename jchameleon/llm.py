@@ -125,8 +125,8 @@ class LLM:
     ) -> Iterator[RequestDelta]:
         """Yield pieces of output as they come; arguments as in `generate`.
 
-        Validation happens here, not at the first `next`. Closing the iterator early
-        cancels what still runs.
+        Validation happens here; the requests start at the first `next`. Closing the
+        iterator early cancels what still runs.
         """
         batch = self._prepare(prompts, adapters, sampling)
 

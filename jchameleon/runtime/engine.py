@@ -1,7 +1,7 @@
 """The engine: one thread that plans, loads adapters, runs steps and streams tokens.
 
-Life of a request here: `submit` validates it on the caller's thread and puts it into
-the inbox; the engine thread turns it into an `Arrival`, the planner admits it, its
+Life of a request here: `prepare` validates it on the caller's thread, `submit` puts it
+into the inbox; the engine thread turns it into an `Arrival`, the planner admits it, its
 adapter is loaded if it is not resident, its prompt runs in chunks, then it decodes one
 token per iteration until a stop, a limit or a cancel; every token goes into the
 caller's outbox at once. The thread owns planner, pool, programs and all live requests;
