@@ -8,7 +8,7 @@ import dataclasses
 import difflib
 import math
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -191,7 +191,14 @@ class EngineConfig:
         q, k, v, o and whatever else the adapters given at start touch.
       max_lora_rank: adapters above are refused.
       max_loads_in_flight: adapter loads under way at once (bounds staging memory).
-      admission, eviction, predictor: policy names, or "package.module:Class".
+      host_cache_bytes: host memory that keeps adapter weights; those used longest ago
+        are read from disk again. An adapter larger than this is loaded, but not kept.
+      link_bytes_per_s: bandwidth of an emulated link that all adapter loads share, for
+        machines whose device memory is host memory; None emulates nothing.
+      link_latency_s: seconds that the emulated link adds to every load.
+      policy: how requests and adapters are scheduled: a preset of `configs/policies/`,
+        a path that ends in .toml, or a table (docs/policies.md).
+      plan_log: file that records events and plans for a replay; None records nothing.
       seed: seeds requests that bring none.
     """
 
@@ -205,9 +212,11 @@ class EngineConfig:
     lora_targets: tuple[str, ...] | None = None
     max_lora_rank: int = 256
     max_loads_in_flight: int = 4
-    admission: str = "fifo"
-    eviction: str = "lru"
-    predictor: str = "max_tokens"
+    host_cache_bytes: int = 4 << 30
+    link_bytes_per_s: float | None = None
+    link_latency_s: float = 0.0
+    policy: str | Path | Mapping[str, Any] = "adaptive"
+    plan_log: str | Path | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -220,6 +229,7 @@ class EngineConfig:
             "kv_block_tokens",
             "max_lora_rank",
             "max_loads_in_flight",
+            "host_cache_bytes",
         ):
             value = getattr(self, field)
             if not isinstance(value, int) or value <= 0:
@@ -243,10 +253,17 @@ class EngineConfig:
             raise ConfigError(f"seed={self.seed!r} must be an integer")
         if self.seed < 0:
             raise ConfigError(f"seed={self.seed} must not be negative")
-        for field in ("admission", "eviction", "predictor"):
-            value = getattr(self, field)
-            if not isinstance(value, str):
-                raise ConfigError(f"{field}={value!r} must be the name of a policy")
+        self._check_link()
+        if isinstance(self.policy, Mapping):
+            # The caller's table may change later; this configuration must not.
+            object.__setattr__(self, "policy", plain_table(self.policy))
+        elif not isinstance(self.policy, str | Path):
+            raise ConfigError(
+                f"policy={self.policy!r} must be the name of a preset, the path of a "
+                ".toml file or a table"
+            )
+        if not isinstance(self.plan_log, str | Path | None) or self.plan_log == "":
+            raise ConfigError(f"plan_log={self.plan_log!r} must be the path of a file")
         targets = self.lora_targets
         if targets is not None and not isinstance(targets, tuple):
             raise ConfigError(f"lora_targets={targets!r} must be a list of projections")
@@ -256,6 +273,23 @@ class EngineConfig:
                     f"lora_targets has {target!r}; must be among "
                     + ", ".join(PROJECTIONS)
                 )
+
+    def _check_link(self) -> None:
+        """Refuse an emulated link that is no link."""
+        bandwidth, latency = self.link_bytes_per_s, self.link_latency_s
+        if bandwidth is not None and not (is_number(bandwidth) and bandwidth > 0):
+            raise ConfigError(
+                f"link_bytes_per_s={bandwidth!r} must be a positive, finite number"
+            )
+        if not (is_number(latency) and latency >= 0):
+            raise ConfigError(
+                f"link_latency_s={latency!r} must be a finite number, 0 or above"
+            )
+        if latency > 0 and bandwidth is None:
+            raise ConfigError(
+                f"link_latency_s={latency!r} must come with link_bytes_per_s, or no "
+                "link is emulated"
+            )
 
     @classmethod
     def from_dict(cls, table: Mapping[str, Any]) -> Self:
@@ -282,9 +316,37 @@ def check_keys(cls: type, table: Mapping[str, Any]) -> None:
     fields = [f.name for f in dataclasses.fields(cls)]
     for key in table:
         if key not in fields:
-            near = difflib.get_close_matches(key, fields, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ConfigError(f"unknown key {key!r} in {cls.__name__}{hint}")
+            raise ConfigError(
+                f"unknown key {key!r} in {cls.__name__}{nearest(key, fields)}"
+            )
+
+
+def nearest(name: object, known: Iterable[str]) -> str:
+    """Return "; did you mean ...?" with the most similar known name, or ""."""
+    near = difflib.get_close_matches(str(name), list(known), n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def is_number(value: object) -> bool:
+    """Return whether `value` is a finite int or float, and no bool."""
+    return (
+        isinstance(value, int | float)
+        and not isinstance(value, bool)
+        and math.isfinite(value)
+    )
+
+
+def plain_table(table: Mapping[Any, Any]) -> dict[Any, Any]:
+    """Return a copy made of dicts and lists as far as mappings and sequences nest."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return plain_table(value)
+        return (
+            [plain(one) for one in value] if isinstance(value, list | tuple) else value
+        )
+
+    return {key: plain(value) for key, value in table.items()}
 
 
 def load_toml(path: Path) -> dict[str, Any]:

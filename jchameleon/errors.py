@@ -56,3 +56,7 @@ class RequestFailedError(JChameleonError, RuntimeError):
 
 class EngineDeadError(JChameleonError, RuntimeError):
     """The engine thread ended; no request can be answered any more."""
+
+
+class PolicyError(JChameleonError, RuntimeError):
+    """A policy raised or answered nonsense; the message names it."""

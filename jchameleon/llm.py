@@ -5,6 +5,7 @@ with LLM(model="smollm2-135m", adapters={"json": "path/to/peft_dir"}) as llm:
 """
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,13 +15,19 @@ from typing import Any, Self
 from jchameleon.config import PROJECTIONS, EngineConfig
 from jchameleon.errors import InvalidRequestError, JChameleonError, QueueFullError
 from jchameleon.lora.adapter import HostAdapter
+from jchameleon.lora.peft import load_peft_adapter
 from jchameleon.models.loader import load_model
 from jchameleon.outputs import AdapterInfo, EngineStats, RequestDelta, RequestOutput
 from jchameleon.runtime.adapters import AdapterRegistry
+from jchameleon.runtime.engine import Engine
+from jchameleon.runtime.host_store import HostStore
 from jchameleon.runtime.outbox import Delta, Outbox
+from jchameleon.runtime.policy.presets import build_policies, load_policy
+from jchameleon.runtime.policy.residency import AdapterStats
 from jchameleon.runtime.records import StepRecord
 from jchameleon.runtime.setup import build_executor, start_engine
 from jchameleon.runtime.submission import Submission
+from jchameleon.runtime.transfer import emulated_link
 from jchameleon.sampling import SamplingParams
 
 Prompt = str | Sequence[int]
@@ -52,6 +59,10 @@ class LLM:
             work where that can be known.
         """
         config = EngineConfig.from_dict(options)
+        policy = load_policy(config.policy)
+        build_policies(policy)
+        # From here on the table, so that a file of the user's is read once.
+        config = dataclasses.replace(config, policy=policy.to_dict())
         if not isinstance(adapters, Mapping | None):
             raise InvalidRequestError(
                 f"adapters={adapters!r:.60} must map names to PEFT directories"
@@ -60,18 +71,25 @@ class LLM:
         self.model_config = loaded.config
         self.tokenizer = loaded.tokenizer
         self._chat_template = loaded.chat_template
-        self._registry = AdapterRegistry(loaded.config, max_rank=config.max_lora_rank)
-        given = {
-            name: self._registry.load(name, path)
-            for name, path in (adapters or {}).items()
-        }
+        self._host = HostStore(
+            functools.partial(
+                load_peft_adapter, model=loaded.config, max_rank=config.max_lora_rank
+            ),
+            budget_bytes=config.host_cache_bytes,
+        )
+        self._registry = AdapterRegistry(self._host)
+        for name, path in (adapters or {}).items():
+            self._registry.add(name, self._registry.load(name, path))
+        cards = [self._registry.card(u) for u in self._registry.names().values()]
         # Bad input is found by here or by the first lines of this; then device work.
-        self._executor, planner = build_executor(loaded, config, list(given.values()))
-        self._engine = start_engine(loaded, config, self._executor, planner)
+        self._executor, planner, log = build_executor(loaded, config, cards)
+        self._engine = start_engine(
+            loaded, config, self._executor, planner, log, self._registry.get
+        )
         self._ids = itertools.count()
         try:
-            for name, adapter in given.items():
-                self._register(name, adapter)
+            for card in cards:
+                self._engine.register_adapter(card)
         except JChameleonError:
             self.close()
             raise
@@ -158,37 +176,43 @@ class LLM:
             projections that the engine was not started for.
           AdapterConflictError: the name stands for other content.
         """
-        self._register(name, self._registry.load(name, path))
-        return next(info for info in self.list_adapters() if info.name == name)
+        adapter = self._registry.load(name, path)
+        self._register(name, adapter)
+        [stats] = self._engine.adapter_stats([adapter.uid])
+        return self._info(name, adapter.uid, stats)
+
+    def pin_adapter(self, name: str) -> None:
+        """Keep an adapter on the device from now on; it is loaded if it is not there.
+
+        Raises:
+          UnknownAdapterError: no adapter has this name.
+          CapacityError: an accepted request could not run beside it any more.
+        """
+        self._engine.pin_adapter(self._registry.resolve(name), pinned=True)
+
+    def unpin_adapter(self, name: str) -> None:
+        """Let a pinned adapter be evicted again; one that is not pinned stays so.
+
+        Raises:
+          UnknownAdapterError: no adapter has this name.
+        """
+        self._engine.pin_adapter(self._registry.resolve(name), pinned=False)
 
     def list_adapters(self) -> list[AdapterInfo]:
         """Return all registered adapters, by name."""
         names = self._registry.names()
         stats = self._engine.adapter_stats(list(names.values()))
-        layout, page_bytes = self._executor.layout, self._page_bytes
-        infos = []
-        for (name, uid), row in zip(names.items(), stats, strict=True):
-            adapter = self._registry.get(uid)
-            infos.append(
-                AdapterInfo(
-                    name=name,
-                    uid=uid,
-                    rank=adapter.rank,
-                    targets=tuple(p for p in PROJECTIONS if p in adapter.targets),
-                    source=adapter.source,
-                    device_bytes=layout.num_pages(adapter.rank) * page_bytes,
-                    resident=row.state == "resident",
-                    hits=row.hits,
-                    misses=row.misses,
-                    loads=row.loads,
-                    evictions=row.evictions,
-                )
-            )
+        infos = [
+            self._info(name, uid, row)
+            for (name, uid), row in zip(names.items(), stats, strict=True)
+        ]
         return sorted(infos, key=lambda info: info.name)
 
     def stats(self) -> EngineStats:
         """Return the engine's totals."""
         books = self._engine.books()
+        host = self._host.stats()
+        link = emulated_link(self._executor.config)
         return EngineStats(
             page_bytes=self._page_bytes,
             total_pages=self._executor.num_pages - 2,
@@ -200,6 +224,17 @@ class LLM:
             loads=books.loads,
             load_failures=books.load_failures,
             evictions=books.evictions,
+            host_bytes=host.host_bytes,
+            host_adapters=host.host_adapters,
+            host_hits=host.host_hits,
+            disk_reads=host.disk_reads,
+            emulated_link=None if link is None else str(link),
+            bypasses=books.bypasses,
+            squashes=books.squashes,
+            growth_squashes=books.growth_squashes,
+            grown_pages=books.grown_pages,
+            stalls=books.stalls,
+            lanes=books.lanes,
             waiting=books.waiting,
             running=books.running,
             programs=len(self._executor.compile_seconds),
@@ -223,6 +258,11 @@ class LLM:
         return self._chat_template.render(
             [dict(message) for message in messages], add_generation_prompt=True
         )
+
+    @property
+    def engine(self) -> Engine:
+        """The engine behind this object, for callers that submit at their own pace."""
+        return self._engine
 
     @property
     def max_model_len(self) -> int:
@@ -251,8 +291,28 @@ class LLM:
     def _register(self, name: str, adapter: HostAdapter) -> None:
         self._registry.check(name, adapter)
         # The engine first: a name must never lead to an adapter it does not know.
-        self._engine.register_adapter(adapter)
+        self._engine.register_adapter(adapter.card)
         self._registry.add(name, adapter)
+
+    def _info(self, name: str, uid: str, stats: AdapterStats) -> AdapterInfo:
+        card = self._registry.card(uid)
+        pages = self._executor.layout.num_pages(card.rank)
+        return AdapterInfo(
+            name=name,
+            uid=uid,
+            rank=card.rank,
+            targets=tuple(p for p in PROJECTIONS if p in card.targets),
+            source=card.source,
+            device_bytes=pages * self._page_bytes,
+            resident=stats.state == "resident",
+            in_host_memory=self._host.holds(uid),
+            pinned=stats.pinned,
+            hits=stats.hits,
+            misses=stats.misses,
+            loads=stats.loads,
+            evictions=stats.evictions,
+            load_failures=stats.failures,
+        )
 
     def _prepare(
         self,

@@ -3,6 +3,7 @@
 import dataclasses
 
 from jchameleon.runtime.outbox import FinishReason, RequestTiming
+from jchameleon.runtime.policy.plan import LaneStats
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,8 +59,11 @@ class AdapterInfo:
       name, uid, rank, targets, source: identity.
       device_bytes: what it takes in the pool when resident.
       resident: it is on the device.
+      in_host_memory: its weights need not be read from disk for the next load.
+      pinned: it is kept there.
       hits, misses: requests that found it resident at admission, or did not.
       loads, evictions: copies to the device, and removals.
+      load_failures: loads that failed; requests for it failed with them.
     """
 
     name: str
@@ -69,10 +73,13 @@ class AdapterInfo:
     source: str
     device_bytes: int
     resident: bool
+    in_host_memory: bool
+    pinned: bool
     hits: int
     misses: int
     loads: int
     evictions: int
+    load_failures: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,6 +91,14 @@ class EngineStats:
       total_pages: pages that KV blocks and adapters share.
       kv_pages, adapter_pages, free_pages: how they are used now.
       hits, misses, loads, load_failures, evictions: adapter cache since the start.
+      host_bytes, host_adapters: weights in host memory now.
+      host_hits, disk_reads: loads whose weights came from there, or from disk.
+      emulated_link: bandwidth and latency that delay every load, or None.
+      bypasses: admissions over the head of a lane (Chameleon, section 4.3).
+      squashes: requests sent back to wait and recomputed; growth_squashes: those whose
+        pages a request that outgrew its predicted length took.
+      grown_pages: pages given to such requests; stalls: times that one skipped a step.
+      lanes: the scheduler's lanes, smallest requests first; empty where it has none.
       waiting, running: requests.
       programs: compiled programs; all of them were compiled during warm-up.
     """
@@ -98,6 +113,17 @@ class EngineStats:
     loads: int
     load_failures: int
     evictions: int
+    host_bytes: int
+    host_adapters: int
+    host_hits: int
+    disk_reads: int
+    emulated_link: str | None
+    bypasses: int
+    squashes: int
+    growth_squashes: int
+    grown_pages: int
+    stalls: int
+    lanes: tuple[LaneStats, ...]
     waiting: int
     running: int
     programs: int

@@ -40,6 +40,8 @@ class SamplingParams:
         that is complete first.
       stop_token_ids: up to 64 token ids that end the output, besides the model's own.
       ignore_eos: go on past the model's end-of-sequence tokens.
+      expected_tokens: the caller's own estimate of the output, 1 to max_tokens. Only
+        the scheduler's oracle predictors read it; it never changes a token.
     """
 
     max_tokens: int = 16
@@ -50,6 +52,7 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    expected_tokens: int | None = None
 
     def __post_init__(self) -> None:
         self._set(
@@ -66,6 +69,11 @@ class SamplingParams:
             self._set("seed", _integer("seed", self.seed, 0, MAX_SEED))
         self._set("stop", _stops(self.stop))
         self._set("stop_token_ids", _stop_token_ids(self.stop_token_ids))
+        if self.expected_tokens is not None:
+            self._set(
+                "expected_tokens",
+                _integer("expected_tokens", self.expected_tokens, 1, self.max_tokens),
+            )
         if not isinstance(self.ignore_eos, bool):
             raise InvalidRequestError(
                 f"ignore_eos={shown(self.ignore_eos)} must be True or False"

@@ -114,6 +114,13 @@ PROMPT = ["--prompt", "x"]
         (["generate", *PROMPT, "--pool-bytes", "0"], "pool_bytes=0"),
         (["generate", *PROMPT, "--max-running", "0"], "max_running=0"),
         (["generate", *PROMPT, "--lora-targets", "q,w"], "lora_targets has 'w'"),
+        (
+            ["generate", *PROMPT, "--policy", "lur"],
+            "policy='lur' is no preset; did you",
+        ),
+        (["generate", *PROMPT, "--policy", "no/such.toml"], "no/such.toml"),
+        (["generate", *PROMPT, "--host-cache-bytes", "0"], "host_cache_bytes=0"),
+        (["generate", *PROMPT, "--plan-log", ""], "plan_log='' must be"),
         (["adapters", "inspect", "/no/such"], "/no/such"),
         (["adapters", "inspect", ".", "--model", "q"], "model 'q'"),
         (["adapters", "inspect", ".", "--model", "no/such.gguf"], "no/such.gguf"),
@@ -128,11 +135,14 @@ def test_wrong_usage_is_one_line_and_exit_code_2(argv, message, capsys):
     assert message in err
 
 
-def test_wrong_usage_is_found_before_jax_is_loaded():
+@pytest.mark.parametrize("option", ["--use=y", "--policy=y", "--policy=FOLDER/x.toml"])
+def test_wrong_usage_is_found_before_jax_is_loaded(option, tmp_path):
+    (tmp_path / "x.toml").write_text('preset = "fifo-lru"\neviction = {x = 1}')
+    option = option.replace("FOLDER", str(tmp_path))
     code = (
         "import sys\n"
         "from jchameleon.cli import main\n"
-        "assert main(['generate', '--prompt', 'x', '--use', 'y']) == 2\n"
+        f"assert main(['generate', '--prompt', 'x', {option!r}]) == 2\n"
         "assert 'jax' not in sys.modules"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -2,6 +2,8 @@
 
 import dataclasses
 import math
+from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 
@@ -147,6 +149,22 @@ def test_unknown_key_names_the_nearest_field():
         ({"max_lora_rank": math.nan}, "max_lora_rank=nan"),
         ({"kv_block_tokens": 24}, "kv_block_tokens=24 must be a power of two"),
         ({"lora_targets": ("q", "w")}, "lora_targets has 'w'"),
+        ({"host_cache_bytes": 0}, "host_cache_bytes=0 must be a positive"),
+        ({"host_cache_bytes": 1e9}, "host_cache_bytes=1000000000.0"),
+        ({"link_bytes_per_s": 0}, "link_bytes_per_s=0 must be a positive"),
+        ({"link_bytes_per_s": -2.5}, "link_bytes_per_s=-2.5"),
+        ({"link_bytes_per_s": math.inf}, "link_bytes_per_s=inf"),
+        ({"link_bytes_per_s": "1e9"}, "link_bytes_per_s='1e9'"),
+        ({"link_bytes_per_s": True}, "link_bytes_per_s=True"),
+        ({"link_bytes_per_s": 1.0, "link_latency_s": -1e-3}, "link_latency_s=-0.001"),
+        ({"link_bytes_per_s": 1.0, "link_latency_s": math.nan}, "link_latency_s=nan"),
+        ({"link_latency_s": None}, "link_latency_s=None"),
+        ({"link_latency_s": 0.01}, "link_latency_s=0.01 must come with link_bytes"),
+        ({"policy": 5}, "policy=5 must be the name of a preset"),
+        ({"policy": None}, "policy=None must be"),
+        ({"policy": ["chameleon"]}, r"policy=\['chameleon'\] must be"),
+        ({"plan_log": 3}, "plan_log=3 must be the path"),
+        ({"plan_log": ""}, "plan_log='' must be the path"),
     ],
 )
 def test_wrong_engine_value_is_refused(changes, message):
@@ -165,6 +183,34 @@ def test_engine_config_reads_from_a_table():
     config = EngineConfig.from_dict({"lora_targets": ["q", "v"], "max_running": 8})
     assert config.lora_targets == ("q", "v")
     assert config == EngineConfig(lora_targets=("q", "v"), max_running=8)
+
+
+def test_link_is_emulated_only_when_asked_for():
+    assert EngineConfig().link_bytes_per_s is None
+    config = EngineConfig(link_bytes_per_s=1, link_latency_s=0.5)
+    assert (config.link_bytes_per_s, config.link_latency_s) == (1, 0.5)
+
+
+def test_policy_table_is_kept_apart_from_the_callers():
+    table = {
+        "preset": "chameleon",
+        "admission": {"slo_s": 3.0},
+        "kv": MappingProxyType({}),
+    }
+    config = EngineConfig(policy=table)
+    table["admission"]["slo_s"] = -1.0
+    table["preset"] = "lru"
+    expected = {"preset": "chameleon", "admission": {"slo_s": 3.0}, "kv": {}}
+    assert config.policy == expected
+    # Results embed configurations, and engines start from changed copies of them.
+    assert dataclasses.asdict(config)["policy"] == expected
+    assert dataclasses.replace(config, max_running=2).policy == expected
+    assert config == EngineConfig(policy=expected)
+
+
+@pytest.mark.parametrize("value", ["no-such-preset", Path("x.toml"), {}])
+def test_content_of_a_policy_is_not_looked_at(value):
+    assert EngineConfig(policy=value).policy == value
 
 
 @pytest.mark.parametrize("content", [b"a = ", b"\xff\xfe", None])

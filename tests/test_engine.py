@@ -377,7 +377,7 @@ def test_load_given_up_before_it_starts_leaves_nothing_behind(adapter_dirs):
         assert_books_are_empty(llm)
         while llm.stats().loads > sum(i.resident for i in llm.list_adapters()):
             time.sleep(0.01)
-        assert llm._engine._load_waiters == {}, "nobody waits any more"
+        assert llm._engine._loads.waiters == 0, "nobody waits any more"
 
 
 def test_close_answers_requests_that_the_engine_never_saw(adapter_dirs):

@@ -54,7 +54,7 @@ MAY_IMPORT = {
     "runtime": {"config", "sampling", "models", "lora", "pallas", "runtime.policy"},
     "sim": {"config", "runtime.policy"},
     "serving": {"config", "sampling", "runtime"},
-    "outputs": {"runtime.outbox"},
+    "outputs": {"runtime.outbox", "runtime.policy"},
     "llm": set(PARTS) - FRONT_DOORS,
     "cli": set(PARTS) - {"__main__"},
     "__init__": set(PARTS) - {"cli", "__main__"},

@@ -28,8 +28,16 @@ def test_defaults_are_as_documented():
         "stop": (),
         "stop_token_ids": (),
         "ignore_eos": False,
+        "expected_tokens": None,
     }
     assert not params.greedy
+
+
+@pytest.mark.parametrize("value", [0, 17, True, 1.5, "4"])
+def test_expected_tokens_outside_1_to_max_tokens_is_refused(value):
+    with pytest.raises(InvalidRequestError, match="expected_tokens="):
+        SamplingParams(max_tokens=16, expected_tokens=value)
+    assert SamplingParams(max_tokens=16, expected_tokens=16).expected_tokens == 16
 
 
 def test_params_are_frozen_and_hashable():

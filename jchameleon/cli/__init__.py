@@ -1,7 +1,8 @@
-"""The command line: `jchameleon generate` and `jchameleon adapters inspect`.
+"""The command line: `jchameleon generate`, `adapters inspect` and `replay`.
 
 Exit codes: 0 done; 1 a fault of this program (with a traceback); 2 wrong usage or
-input, with one line on stderr; 130 interrupted.
+input, with one line on stderr; 3 a replay whose plans differ from the log's; 130
+interrupted.
 """
 
 import argparse
@@ -11,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from jchameleon import __version__
-from jchameleon.cli import adapters, generate
+from jchameleon.cli import adapters, generate, replay
 from jchameleon.errors import JChameleonError
 
 
@@ -22,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = _parser().parse_args(argv)
     try:
-        args.run(args)
+        code: int | None = args.run(args)
         sys.stdout.flush()
     except JChameleonError as error:
         print(f"jchameleon: error: {_one_line(error)}", file=sys.stderr)
@@ -35,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # flushes stdout at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    return 0
+    return code or 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -49,6 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     generate.add_command(commands)
     adapters.add_command(commands)
+    replay.add_command(commands)
     return parser
 
 

@@ -15,6 +15,11 @@ from jchameleon.errors import (
     RequestFailedError,
     UnknownAdapterError,
 )
+from jchameleon.runtime.policy.presets import (
+    build_policies,
+    load_policy,
+    policy_preset_names,
+)
 from jchameleon.sampling import SamplingParams
 
 if TYPE_CHECKING:
@@ -32,6 +37,9 @@ ENGINE_FIELDS = (
     "pool_bytes",
     "lora_targets",
     "max_lora_rank",
+    "host_cache_bytes",
+    "policy",
+    "plan_log",
 )
 
 
@@ -52,7 +60,7 @@ def run(args: argparse.Namespace) -> None:
         for field in ENGINE_FIELDS
         if getattr(args, field) is not None
     }
-    EngineConfig(dtype=args.dtype, **engine)
+    build_policies(load_policy(EngineConfig(dtype=args.dtype, **engine).policy))
     prompts = _prompts(args.prompt, args.prompt_file)
     adapters = _adapters(args.adapter)
     uses = _uses(args.use, adapters, num_prompts=len(prompts))
@@ -207,6 +215,23 @@ def _add_engine(engine: Any) -> None:
         type=_names,
         metavar="P,P,...",
         help="projections that adapters may touch, among q,k,v,o,gate,up,down",
+    )
+    engine.add_argument(
+        "--policy",
+        metavar="NAME_OR_TOML",
+        help="how requests and adapters are scheduled: a .toml file or one of "
+        f"{', '.join(policy_preset_names())} (default: {EngineConfig().policy})",
+    )
+    engine.add_argument(
+        "--host-cache-bytes",
+        type=_byte_count,
+        metavar="N",
+        help="host memory that keeps adapter weights, e.g. 4GiB (the default)",
+    )
+    engine.add_argument(
+        "--plan-log",
+        metavar="FILE",
+        help="record events and plans, for jchameleon replay",
     )
 
 

@@ -1,4 +1,4 @@
-"""A validated adapter in host memory, and its identity."""
+"""A validated adapter in host memory, its identity, and the card that describes it."""
 
 import dataclasses
 import hashlib
@@ -41,6 +41,20 @@ class LoraPair:
         return self.a.nbytes + self.b.nbytes
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class AdapterCard:
+    """What is kept of a registered adapter while its weights are elsewhere.
+
+    Attributes: see `HostAdapter`.
+    """
+
+    uid: str
+    rank: int
+    targets: frozenset[str]
+    num_bytes: int
+    source: str
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class HostAdapter:
     """An adapter, checked against a model; equal content has an equal uid.
@@ -81,6 +95,17 @@ class HostAdapter:
             targets=frozenset(projection for _, projection in ordered),
             num_bytes=sum(pair.num_bytes for pair in ordered.values()),
             source=source,
+        )
+
+    @property
+    def card(self) -> AdapterCard:
+        """The description without the weights."""
+        return AdapterCard(
+            uid=self.uid,
+            rank=self.rank,
+            targets=self.targets,
+            num_bytes=self.num_bytes,
+            source=self.source,
         )
 
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from jchameleon.config import PROJECTIONS, ModelConfig
 from jchameleon.errors import AdapterError, ConfigError
-from jchameleon.lora.adapter import HostAdapter, LoraPair
+from jchameleon.lora.adapter import AdapterCard, HostAdapter, LoraPair
 
 CHUNK_RANK = 8
 """Ranks of one chunk."""
@@ -151,7 +151,7 @@ class ChunkLayout:
             self.model.num_layers, chunks * self.pages_per_chunk, self.page_elems
         )
 
-    def check_targets(self, adapter: HostAdapter) -> None:
+    def check_targets(self, adapter: HostAdapter | AdapterCard) -> None:
         """Raise AdapterError if `adapter` touches projections outside `targets`."""
         extra = [
             p for p in PROJECTIONS if p in adapter.targets and p not in self.targets

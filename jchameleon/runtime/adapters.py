@@ -1,37 +1,39 @@
-"""Names of adapters and the content behind them.
+"""Names of adapters and the cards of what is behind them.
 
 A name is an alias for an immutable uid (content hash). Cache, KV pages and logs use the
-uid, so a name can never lead to the wrong weights.
+uid, so a name can never lead to the wrong weights. Weights live in the host store.
 """
 
 import threading
 from pathlib import Path
 
-from jchameleon.config import RESERVED_PAGES, ModelConfig
+from jchameleon.config import RESERVED_PAGES
 from jchameleon.errors import (
     AdapterConflictError,
     AdapterError,
     CapacityError,
     UnknownAdapterError,
 )
-from jchameleon.lora.adapter import HostAdapter
+from jchameleon.lora.adapter import AdapterCard, HostAdapter
 from jchameleon.lora.layout import ChunkLayout
-from jchameleon.lora.peft import load_peft_adapter
+from jchameleon.runtime.host_store import HostStore
 from jchameleon.runtime.policy.planner import Planner
 
 MAX_NAME_CHARS = 128
 
+_NAMES_SHOWN = 20
+"""Registered names that a message lists at most."""
+
 
 class AdapterRegistry:
-    """Registered adapters in host memory; safe to use from several threads."""
+    """Registered adapters, without weights; safe to use from several threads."""
 
-    def __init__(self, model: ModelConfig, *, max_rank: int):
-        """Create an empty registry for adapters of one model."""
-        self._model = model
-        self._max_rank = max_rank
+    def __init__(self, host: HostStore):
+        """Create an empty registry; weights go to `host`."""
+        self._host = host
         self._lock = threading.RLock()
         self._uids: dict[str, str] = {}
-        self._adapters: dict[str, HostAdapter] = {}
+        self._cards: dict[str, AdapterCard] = {}
 
     def load(self, name: str, path: str | Path) -> HostAdapter:
         """Read and check a PEFT directory without registering it.
@@ -42,7 +44,7 @@ class AdapterRegistry:
         check_name(name)
         if not isinstance(path, str | Path):
             raise AdapterError(f"adapter {name!r}: path {path!r:.80} must be a path")
-        return load_peft_adapter(path, self._model, max_rank=self._max_rank)
+        return self._host.read(str(path))
 
     def check(self, name: str, adapter: HostAdapter) -> None:
         """Raise AdapterConflictError if `name` stands for other content."""
@@ -55,7 +57,9 @@ class AdapterRegistry:
             )
 
     def add(self, name: str, adapter: HostAdapter) -> None:
-        """Register `adapter` under `name`; the same content again is no change.
+        """Register `adapter` under `name` and hand its weights to the host store.
+
+        The same content under the same name again is no change.
 
         Raises:
           AdapterConflictError: the name stands for other content.
@@ -63,8 +67,9 @@ class AdapterRegistry:
         check_name(name)
         with self._lock:
             self.check(name, adapter)
+            self._host.put(adapter, adapter.source)
+            self._cards.setdefault(adapter.uid, adapter.card)
             self._uids[name] = adapter.uid
-            self._adapters.setdefault(adapter.uid, adapter)
 
     def resolve(self, name: str) -> str:
         """Return the uid behind `name`.
@@ -75,15 +80,26 @@ class AdapterRegistry:
         with self._lock:
             uid = self._uids.get(name)
             if uid is None:
-                known = ", ".join(sorted(self._uids)) or "none"
+                names = sorted(self._uids)
+                known = ", ".join(names[:_NAMES_SHOWN]) or "none"
+                if len(names) > _NAMES_SHOWN:
+                    known += f" and {len(names) - _NAMES_SHOWN} more"
                 raise UnknownAdapterError(
                     f"unknown adapter {name!r}; registered are: {known}"
                 )
             return uid
 
     def get(self, uid: str) -> HostAdapter:
-        """Return the adapter with this uid."""
-        return self._adapters[uid]
+        """Return the adapter with this uid, read from disk where memory lacks it.
+
+        Raises:
+          AdapterError: its files are gone or have changed.
+        """
+        return self._host.get(uid)
+
+    def card(self, uid: str) -> AdapterCard:
+        """Return the card of the adapter with this uid."""
+        return self._cards[uid]
 
     def names(self) -> dict[str, str]:
         """Return name -> uid of all registered adapters."""
@@ -91,7 +107,7 @@ class AdapterRegistry:
             return dict(self._uids)
 
 
-def check_fits(adapter: HostAdapter, layout: ChunkLayout, planner: Planner) -> int:
+def check_fits(adapter: AdapterCard, layout: ChunkLayout, planner: Planner) -> int:
     """Return the pages that an adapter takes on the device.
 
     Raises:

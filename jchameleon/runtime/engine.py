@@ -9,7 +9,7 @@ other threads reach it through the inbox only.
 """
 
 import collections
-import concurrent.futures
+import contextlib
 import dataclasses
 import logging
 import queue
@@ -27,39 +27,46 @@ from jchameleon.errors import (
     InvalidRequestError,
     QueueFullError,
 )
-from jchameleon.lora.adapter import HostAdapter
+from jchameleon.lora.adapter import AdapterCard, HostAdapter
 from jchameleon.models.tokenizer import Tokenizer
 from jchameleon.runtime.adapters import check_fits
 from jchameleon.runtime.executor import Executor
 from jchameleon.runtime.live import LiveRequest
+from jchameleon.runtime.loads import AdapterLoads
 from jchameleon.runtime.outbox import FinishReason, Outbox
 from jchameleon.runtime.policy.events import (
+    AdapterPinned,
     AdapterRegistered,
     Arrival,
     Cancel,
     Event,
-    LoadDone,
     StepDone,
 )
+from jchameleon.runtime.policy.log import PlanLogWriter
 from jchameleon.runtime.policy.plan import Books, Plan
 from jchameleon.runtime.policy.planner import Planner
 from jchameleon.runtime.policy.request import Request
 from jchameleon.runtime.policy.residency import AdapterStats
+from jchameleon.runtime.question import Question
 from jchameleon.runtime.records import StepRecord
 from jchameleon.runtime.sampler import INVALID_TOKEN
+from jchameleon.runtime.step import run_step
 from jchameleon.runtime.submission import (
     Submission,
     check_limits,
     check_request_id,
     prompt_array,
 )
-from jchameleon.runtime.transfer import AdapterLoader
+from jchameleon.runtime.transfer import AdapterLoader, emulated_link
 from jchameleon.sampling import SamplingParams
 
 logger = logging.getLogger(__name__)
 
 LOAD_POLL_S = 0.002
 """How often an otherwise idle engine looks whether a device copy has arrived."""
+
+IDLE_TICK_S = 0.05
+"""How often an idle engine plans for policies that wait for a moment in time."""
 
 RECORDED_STEPS = 4096
 
@@ -73,32 +80,43 @@ class Engine:
         planner: Planner,
         config: EngineConfig,
         *,
+        log: PlanLogWriter | None,
+        fetch: Callable[[str], HostAdapter],
         tokenizer: Tokenizer | None,
         eos_token_ids: frozenset[int],
     ):
-        """Start the engine thread over a warmed-up executor."""
+        """Start the engine thread over a warmed-up executor.
+
+        `log` takes every event and plan, and is closed with the engine. `fetch` returns
+        a registered adapter's weights, from disk if need be; the threads that load
+        call it.
+        """
         self.max_model_len = executor.max_model_len
         self._executor = executor
         self._planner = planner
+        self._log = log
         self._config = config
         self._tokenizer = tokenizer
         self._eos_token_ids = eos_token_ids
         self._random = np.random.default_rng(config.seed)
         self._inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self._loader = AdapterLoader(
+        loader = AdapterLoader(
             executor.layout,
             executor.dtype,
             executor.device,
+            fetch=fetch,
             notify=lambda: self._inbox.put(None),
+            max_in_flight=config.max_loads_in_flight,
+            link=emulated_link(config),
         )
-        self._adapters: dict[str, HostAdapter] = {}
+        self._loads = AdapterLoads(loader, executor)
+        self._adapters: dict[str, AdapterCard] = {}
         self._live: dict[str, LiveRequest] = {}
-        self._load_pages: dict[str, tuple[int, ...]] = {}
-        self._load_waiters: dict[str, list[LiveRequest]] = {}
         self._records: collections.deque[StepRecord] = collections.deque(
             maxlen=RECORDED_STEPS
         )
-        self._questions: collections.deque[Any] = collections.deque()
+        self._questions: collections.deque[Question] = collections.deque()
+        self._next_events: list[Event] = []
         self._ids_lock = threading.Lock()
         self._open_ids: set[str] = set()
         self._closing = False
@@ -110,7 +128,7 @@ class Engine:
 
     # Any thread.
 
-    def register_adapter(self, adapter: HostAdapter) -> None:
+    def register_adapter(self, adapter: AdapterCard) -> None:
         """Make an adapter known; requests may name its uid from now on.
 
         Raises:
@@ -145,11 +163,14 @@ class Engine:
             max_model_len=self.max_model_len,
             has_tokenizer=self._tokenizer is not None,
         )
-        pages = 0
+        pages, pinned = 0, False
         if adapter_uid is not None:
             rank = self._adapters[adapter_uid].rank
             pages = self._executor.layout.num_pages(rank)
-        reason = self._planner.can_ever_fit(len(tokens), sampling.max_tokens, pages)
+            pinned = self._planner.is_pinned(adapter_uid)
+        reason = self._planner.can_ever_fit(
+            len(tokens), sampling.max_tokens, pages, pinned=pinned
+        )
         if reason is not None:
             raise CapacityError(reason)
         return Submission(
@@ -192,6 +213,21 @@ class Engine:
         """
         check_request_id(request_id)
         self._inbox.put(Cancel(request_id))
+
+    def pin_adapter(self, uid: str, *, pinned: bool) -> None:
+        """Keep a registered adapter on the device from now on, or no longer.
+
+        Raises:
+          CapacityError: an accepted request could not run beside it any more.
+        """
+
+        def decide() -> None:
+            reason = self._planner.why_not_pin(uid) if pinned else None
+            if reason is not None:
+                raise CapacityError(f"adapter {uid[:12]} cannot be pinned: {reason}")
+            self._next_events.append(AdapterPinned(uid, pinned))
+
+        self._ask(decide)
 
     def books(self) -> Books:
         """Return the planner's totals."""
@@ -237,20 +273,37 @@ class Engine:
     def _iterate(self, events: list[Event]) -> list[Event]:
         """Run one iteration and return the events it caused."""
         # What ended in the last step first: a new request may bear its id again.
-        events = [*events, *self._receive(block=not events), *self._finished_loads()]
+        events = [*events, *self._receive(block=not events), *self._loads.finish()]
         start_s = time.monotonic()
         plan = self._planner.plan(start_s, events)
+        self._write_log(start_s, events, plan)
         self._apply(plan, start_s)
         while self._questions:  # after the plan: the books are settled now
-            _answer(*self._questions.popleft())
-        if not plan.prefill and not plan.decode:
-            return []
-        return [self._step(plan)]
+            self._questions.popleft().answer()
+        caused, self._next_events = self._next_events, []
+        if plan.prefill or plan.decode:
+            caused.append(self._step(plan))
+        return caused
+
+    def _write_log(self, now_s: float, events: list[Event], plan: Plan) -> None:
+        if self._log is None:
+            return
+        try:
+            self._log.append(now_s, events, plan)
+        except OSError as error:  # a full disk must not end what is being served
+            logger.error("the plan log ends here: %s", error)
+            self._close_log()
+
+    def _close_log(self) -> None:
+        if self._log is not None:
+            with contextlib.suppress(OSError):
+                self._log.close()
+            self._log = None
 
     def _receive(self, *, block: bool) -> list[Event]:
         events: list[Event] = []
-        idle_wait: float | None = None
-        if self._loader.in_flight:
+        idle_wait = IDLE_TICK_S if self._planner.watches_the_clock else None
+        if self._loads.in_flight:
             idle_wait = LOAD_POLL_S
         while True:
             try:
@@ -268,7 +321,7 @@ class Engine:
                     if request_id in self._live:
                         events.append(message)
                         self._finish(request_id, "aborted")
-                case (concurrent.futures.Future(), _):
+                case Question():
                     self._questions.append(message)
                 case _:
                     events.append(message)
@@ -291,27 +344,17 @@ class Engine:
                 max_tokens=sampling.max_tokens,
                 adapter_uid=submission.adapter_uid,
                 arrival_s=submission.arrival_s,
+                expected_tokens=sampling.expected_tokens,
             )
         )
-
-    def _finished_loads(self) -> list[Event]:
-        events: list[Event] = []
-        for load in self._loader.poll():
-            pages = self._load_pages.pop(load.uid)
-            error: str | None = None
-            if load.error is None:
-                self._executor.commit(load.uid, pages, load.pieces)
-            else:
-                error = f"adapter could not be loaded: {load.error}"
-            events.append(LoadDone(load.uid, error))
-            now_s = time.monotonic()
-            for live in self._load_waiters.pop(load.uid, ()):
-                live.adapter_arrived(now_s)
-        return events
 
     def _apply(self, plan: Plan, now_s: float) -> None:
         for request_id, why in plan.failed:
             self._finish(request_id, "error", why)
+        for request_id, _ in plan.squashed:
+            live = self._live[request_id]
+            self._loads.forget(live)
+            live.squash(now_s)
         for evicted_uid in plan.evicted:
             self._executor.evict(evicted_uid)
         hits = set(plan.hits)
@@ -320,35 +363,20 @@ class Engine:
             live.admit(
                 pages, max_blocks=self._executor.max_blocks, hit=hit, now_s=now_s
             )
-            uid = live.submission.adapter_uid
-            if uid is not None and not hit:
-                self._load_waiters.setdefault(uid, []).append(live)
+            if not hit:
+                self._loads.wait(live)
+        for request_id, lane, wrs in plan.lanes:
+            self._live[request_id].enter_lane(lane, wrs)
+        for _, passed_id in plan.bypasses:
+            self._live[passed_id].bypasses += 1
+        for request_id, pages in plan.grown:
+            self._live[request_id].grow(pages)
         for load in plan.loads:
-            self._load_pages[load.uid] = load.pages
-            self._loader.start(self._adapters[load.uid], load.pages)
+            self._loads.start(load)
 
     def _step(self, plan: Plan) -> StepDone:
         start_s = time.monotonic()
-        prompts = [
-            self._live[c.request_id].row(c.start, c.start + c.length)
-            for c in plan.prefill
-        ]
-        lives = [self._live[request_id] for request_id in plan.decode]
-        rows = [live.row(live.num_tokens - 1, live.num_tokens) for live in lives]
-        # Both are dispatched before either is waited for.
-        prompt_tokens = self._executor.prefill(prompts) if prompts else None
-        row_tokens = self._executor.decode(rows) if rows else None
-        drawn: list[tuple[str, int]] = []
-        if prompt_tokens is not None:
-            tokens = self._executor.fetch(prompt_tokens, prompts, prefill=True)
-            drawn += [
-                (chunk.request_id, token)
-                for chunk, row, token in zip(plan.prefill, prompts, tokens, strict=True)
-                if row.sampling is not None
-            ]
-        if row_tokens is not None:
-            tokens = self._executor.fetch(row_tokens, rows, prefill=False)
-            drawn += zip(plan.decode, tokens, strict=True)
+        drawn = run_step(self._executor, self._live, plan)
         now_s = time.monotonic()
         self._records.append(
             StepRecord(
@@ -389,11 +417,7 @@ class Engine:
     ) -> None:
         """Send the last delta; pages return with the event that the caller reports."""
         live = self._live.pop(request_id)
-        uid = live.submission.adapter_uid
-        if uid is not None and live in self._load_waiters.get(uid, ()):
-            self._load_waiters[uid].remove(live)
-            if not self._load_waiters[uid]:
-                del self._load_waiters[uid]
+        self._loads.forget(live)
         delta = live.last_delta(
             reason, time.monotonic(), error=error, token_ids=token_ids
         )
@@ -412,35 +436,26 @@ class Engine:
                 break
             if isinstance(message, Submission):
                 self._accept(message)
-            elif isinstance(message, tuple):
+            elif isinstance(message, Question):
                 self._questions.append(message)
         for request_id in list(self._live):
             self._finish(request_id, finish, reason)
-        for future, _ in self._questions:
-            future.set_exception(EngineDeadError(reason))
-        self._loader.close()
+        for question in self._questions:
+            question.refuse(reason)
+        self._loads.close()
+        self._close_log()
 
     # Helpers.
 
     def _ask(self, action: Callable[[], Any]) -> Any:
         if threading.current_thread() is self._thread:
             return action()
-        future: concurrent.futures.Future = concurrent.futures.Future()
+        question = Question(action)
         with self._ids_lock:
             self._check_alive()
-            self._inbox.put((future, action))
-        return future.result()
+            self._inbox.put(question)
+        return question.wait()
 
     def _check_alive(self) -> None:
         if self._death is not None:
             raise EngineDeadError(self._death)
-
-
-def _answer(future: concurrent.futures.Future, action: Callable[[], Any]) -> None:
-    try:
-        future.set_result(action())
-    except Exception as error:  # belongs to who asked, not to the engine
-        future.set_exception(error)
-    except BaseException as error:
-        future.set_exception(EngineDeadError(f"{type(error).__name__}: {error}"))
-        raise

@@ -15,6 +15,7 @@ class LiveRequest:
     Attributes:
       submission: what was asked.
       num_tokens: prompt and output tokens so far.
+      bypasses: times that a younger request was admitted over it.
     """
 
     def __init__(
@@ -33,23 +34,53 @@ class LiveRequest:
         self._text = OutputText(tokenizer, sampling.stop)
         self._pages: np.ndarray | None = None  # i32[NB]
         self._cache_hit: bool | None = None
-        self._admitted_s: float | None = None
-        self._resident_s: float | None = None
+        self._num_pages = 0
+        self._queued_until_s: float | None = None
+        self._waits_for_adapter_since_s: float | None = None
+        self._load_s = 0.0
         self._first_token_s: float | None = None
+        self._lane: int | None = None
+        self._wrs: float | None = None
+        self._squashes = 0
+        self.bypasses = 0
 
     def admit(
         self, pages: tuple[int, ...], *, max_blocks: int, hit: bool, now_s: float
     ) -> None:
         """Take the KV pages that the plan hands out; `hit`: its adapter is resident."""
         self._pages = np.zeros(max_blocks, np.int32)
-        self._pages[: len(pages)] = pages
-        self._admitted_s = now_s
+        self._num_pages = 0
+        self.grow(pages)
         if self.submission.adapter_uid is not None:
-            self._cache_hit = hit
+            if self._cache_hit is None:
+                self._cache_hit = hit
+            if not hit:
+                self._waits_for_adapter_since_s = now_s
+        if self._queued_until_s is None:
+            self._queued_until_s = now_s
+
+    def grow(self, pages: tuple[int, ...]) -> None:
+        """Take more KV pages behind those it has."""
+        assert self._pages is not None, "grows before it was admitted"
+        end = self._num_pages + len(pages)
+        self._pages[self._num_pages : end] = pages
+        self._num_pages = end
+
+    def squash(self, now_s: float) -> None:
+        """Give the pages back; the tokens stay, to be run again from the first on."""
+        self.adapter_arrived(now_s)
+        self._pages = None
+        self._squashes += 1
+
+    def enter_lane(self, lane: int, wrs: float) -> None:
+        """Note the lane that it was admitted through and its size."""
+        self._lane, self._wrs = lane, wrs
 
     def adapter_arrived(self, now_s: float) -> None:
-        """Note that the adapter it waited for is resident."""
-        self._resident_s = now_s
+        """Note that it no longer waits for its adapter."""
+        if self._waits_for_adapter_since_s is not None:
+            self._load_s += now_s - self._waits_for_adapter_since_s
+            self._waits_for_adapter_since_s = None
 
     def row(self, start: int, end: int) -> StepRow:
         """Return tokens `start` to `end` as part of a step, drawing after the last."""
@@ -105,22 +136,23 @@ class LiveRequest:
     ) -> Delta:
         """Return the end of the output, with the request's timing."""
         arrival_s = self.submission.arrival_s
-        admitted_s = now_s if self._admitted_s is None else self._admitted_s
-        load_s = 0.0
-        if self._cache_hit is False:
-            resident_s = now_s if self._resident_s is None else self._resident_s
-            load_s = max(0.0, resident_s - admitted_s)
+        self.adapter_arrived(now_s)
         first_s = self._first_token_s
+        until_s = now_s if self._queued_until_s is None else self._queued_until_s
         return Delta(
             token_ids=token_ids,
             text=self._text.close(),
             finish_reason=reason,
             error=error,
             timing=RequestTiming(
-                queue_s=admitted_s - arrival_s,
-                adapter_load_s=load_s,
+                queue_s=until_s - arrival_s,
+                adapter_load_s=self._load_s,
                 ttft_s=None if first_s is None else first_s - arrival_s,
                 total_s=now_s - arrival_s,
                 adapter_cache_hit=self._cache_hit,
+                lane=self._lane,
+                wrs=self._wrs,
+                bypasses=self.bypasses,
+                squashes=self._squashes,
             ),
         )

@@ -13,11 +13,19 @@ class RequestTiming:
     """Where a request's time went, in seconds from its arrival.
 
     Attributes:
-      queue_s: until it was admitted.
-      adapter_load_s: from admission until its adapter was resident; 0 for a hit.
+      queue_s: until it was admitted for the first time.
+      adapter_load_s: from admission until its adapter was resident, over all its
+        admissions; 0 for a hit.
       ttft_s: until its first token.
       total_s: until it ended.
-      adapter_cache_hit: its adapter was resident at admission; None for the base model.
+      adapter_cache_hit: its adapter was resident at its first admission; None for the
+        base model.
+      lane: the scheduler's lane that it was last admitted through, 0 holds the
+        smallest requests; None where the scheduler has no lanes.
+      wrs: its weighted request size there (Chameleon, section 4.3).
+      bypasses: times that a younger request was admitted over it while it was the head
+        of its lane.
+      squashes: times that it was sent back to wait and recomputed.
     """
 
     queue_s: float
@@ -25,6 +33,10 @@ class RequestTiming:
     ttft_s: float | None
     total_s: float
     adapter_cache_hit: bool | None
+    lane: int | None = None
+    wrs: float | None = None
+    bypasses: int = 0
+    squashes: int = 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

@@ -2,7 +2,7 @@
 
 import os
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from jchameleon.config import (
     default_max_model_len,
 )
 from jchameleon.errors import ConfigError
-from jchameleon.lora.adapter import HostAdapter
+from jchameleon.lora.adapter import AdapterCard, HostAdapter
 from jchameleon.lora.layout import ChunkLayout
 from jchameleon.models.embedded import home_dir
 from jchameleon.models.llama import Llama
@@ -24,8 +24,10 @@ from jchameleon.models.loader import LoadedModel
 from jchameleon.runtime.adapters import check_fits
 from jchameleon.runtime.engine import Engine
 from jchameleon.runtime.executor import Executor
-from jchameleon.runtime.policy.planner import Planner, PlannerConfig
-from jchameleon.runtime.policy.registry import create_policy
+from jchameleon.runtime.policy.limits import PlannerConfig
+from jchameleon.runtime.policy.log import PlanLogWriter
+from jchameleon.runtime.policy.planner import Planner
+from jchameleon.runtime.policy.presets import build_policies, load_policy
 from jchameleon.runtime.programs import ModelParams
 
 DEFAULT_POOL_BYTES = 1 << 30
@@ -33,9 +35,9 @@ DEFAULT_POOL_BYTES = 1 << 30
 
 
 def build_executor(
-    loaded: LoadedModel, config: EngineConfig, adapters: Sequence[HostAdapter]
-) -> tuple[Executor, Planner]:
-    """Return a warmed-up executor and a planner for its pool.
+    loaded: LoadedModel, config: EngineConfig, adapters: Sequence[AdapterCard]
+) -> tuple[Executor, Planner, PlanLogWriter | None]:
+    """Return a warmed-up executor, a planner for its pool and the plan log asked for.
 
     Args:
       loaded: the model on the host.
@@ -56,6 +58,10 @@ def build_executor(
     planner = build_planner(config, num_pages)
     for adapter in adapters:
         check_fits(adapter, layout, planner)
+    log = None
+    if config.plan_log is not None:
+        policy = load_policy(config.policy)
+        log = PlanLogWriter(config.plan_log, planner.config, policy)
     use_compilation_cache()
     executor = Executor(
         place_params(loaded),
@@ -66,18 +72,29 @@ def build_executor(
         max_model_len=max_model_len,
     )
     executor.warm_up()
-    return executor, planner
+    return executor, planner, log
 
 
 def start_engine(
-    loaded: LoadedModel, config: EngineConfig, executor: Executor, planner: Planner
+    loaded: LoadedModel,
+    config: EngineConfig,
+    executor: Executor,
+    planner: Planner,
+    log: PlanLogWriter | None,
+    fetch: Callable[[str], HostAdapter],
 ) -> Engine:
-    """Return a running engine."""
+    """Return a running engine, which calls `fetch` for the weights of a uid."""
     eos = frozenset(loaded.config.eos_token_ids)
     if loaded.tokenizer is not None:
         eos |= frozenset(loaded.tokenizer.eos_token_ids)
     return Engine(
-        executor, planner, config, tokenizer=loaded.tokenizer, eos_token_ids=eos
+        executor,
+        planner,
+        config,
+        log=log,
+        fetch=fetch,
+        tokenizer=loaded.tokenizer,
+        eos_token_ids=eos,
     )
 
 
@@ -123,7 +140,7 @@ def page_elems(config: EngineConfig, model: ModelConfig) -> int:
 
 
 def chunk_layout(
-    model: ModelConfig, config: EngineConfig, adapters: Iterable[HostAdapter]
+    model: ModelConfig, config: EngineConfig, adapters: Iterable[AdapterCard]
 ) -> ChunkLayout:
     """Return the layout for the configured targets, or for those of `adapters`."""
     targets = config.lora_targets
@@ -169,7 +186,13 @@ def host_memory_bytes() -> int:
 
 
 def build_planner(config: EngineConfig, num_pages: int) -> Planner:
-    """Return a planner with the configured policies."""
+    """Return a planner with the configured policies.
+
+    Raises:
+      ConfigError: there are no such policies, or one refuses its options.
+    """
+    policy = load_policy(config.policy)
+    policies = build_policies(policy)
     return Planner(
         PlannerConfig(
             num_pages=num_pages,
@@ -178,11 +201,13 @@ def build_planner(config: EngineConfig, num_pages: int) -> Planner:
             max_batch_tokens=config.max_batch_tokens,
             max_loads_in_flight=config.max_loads_in_flight,
             prefill_tile_tokens=PREFILL_TILE_TOKENS,
+            kv_reserve=policy.kv_reserve,
+            max_squashes=policy.max_squashes,
         ),
-        admission=create_policy("admission", config.admission),
-        eviction=create_policy("eviction", config.eviction),
-        predictor=create_policy("predictor", config.predictor),
-        prefetch=create_policy("prefetch", "none"),
+        admission=policies["admission"],
+        eviction=policies["eviction"],
+        predictor=policies["predictor"],
+        prefetch=policies["prefetch"],
     )
 
 

@@ -1,16 +1,36 @@
 """Which waiting requests start to run."""
 
+import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
+from jchameleon.runtime.policy.estimator import Estimator
 from jchameleon.runtime.policy.request import Request
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Capacity:
+    """What all requests share; changes only when adapters are registered or pinned.
+
+    Attributes:
+      pages: of the pool, without the reserved ones and without those of pinned
+        adapters.
+      block_tokens: tokens whose KV entries fill one page.
+      max_running: requests admitted at once.
+      max_rank: largest rank among registered adapters, 0 without any.
+    """
+
+    pages: int
+    block_tokens: int
+    max_running: int
+    max_rank: int
 
 
 class AdmissionView(Protocol):
     """What an admission policy sees of one iteration.
 
     A policy that orders requests in its own way keeps its own queues up to date from
-    `arrived` and `ended` and needs no scan of `waiting`.
+    `arrived`, `ended` and `requeued` and needs no scan of `waiting`.
     """
 
     @property
@@ -19,11 +39,18 @@ class AdmissionView(Protocol):
 
     @property
     def waiting(self) -> Iterable[Request]:
-        """Requests that wait, in arrival order, without those admitted meanwhile."""
+        """Requests that wait, without those admitted meanwhile.
+
+        In arrival order, except that squashed ones come first.
+        """
 
     @property
     def running(self) -> Iterable[Request]:
         """Admitted requests in admission order, this iteration's included."""
+
+    @property
+    def num_running(self) -> int:
+        """How many `running` holds."""
 
     @property
     def arrived(self) -> Sequence[Request]:
@@ -31,17 +58,99 @@ class AdmissionView(Protocol):
 
     @property
     def ended(self) -> Sequence[Request]:
-        """Requests that left since the last call, waiting or running, in any way."""
+        """Requests that left since the last call, waiting or running, in any way.
+
+        All of them left before the first of `arrived` came, so an id may come again.
+        One that arrived and left since the last call is in neither.
+        """
+
+    @property
+    def requeued(self) -> Sequence[Request]:
+        """Requests squashed since the last call, except by this policy itself."""
+
+    @property
+    def outgrown(self) -> Sequence[Request]:
+        """Running requests that produced more than predicted, since the last call.
+
+        Their prediction has been doubled (up to max_tokens), so each may come again.
+        """
+
+    @property
+    def capacity(self) -> Capacity:
+        """What all requests share."""
+
+    @property
+    def estimator(self) -> Estimator:
+        """Run times learnt from this engine's steps and loads."""
 
     def predicted_tokens(self, request: Request) -> int:
-        """Return how many tokens the length predictor expects of `request`."""
+        """Return the output expected of a waiting or running request, 1 .. max_tokens.
 
-    def try_admit(self, request: Request) -> bool:
+        A request that has not run yet is predicted anew whenever others have ended
+        since the last time. An outgrown prediction is doubled.
+        """
+
+    def produced_tokens(self, request: Request) -> int:
+        """Return how many tokens a waiting or running request has produced so far."""
+
+    def squashes(self, request: Request) -> int:
+        """Return how often a waiting or running request has been squashed."""
+
+    def adapter_pages(self, request: Request) -> int:
+        """Return the pages of the request's adapter; 0 for the base model."""
+
+    def adapter_rank(self, request: Request) -> int:
+        """Return the rank of the request's adapter; 0 for the base model."""
+
+    def adapter_absent(self, request: Request) -> bool:
+        """Return whether its adapter is neither on the device nor on its way there."""
+
+    def missing_pages(self, request: Request) -> int:
+        """Return the pages that a waiting request lacks; 0 where its pages fit.
+
+        Counts KV entries and an absent adapter, after evicting all idle adapters.
+        """
+
+    def freed_pages(self, requests: Sequence[Request]) -> int:
+        """Return the pages that would be free or evictable if `requests` stopped."""
+
+    def wait_for_pages_s(self, pages: int) -> float:
+        """Return the predicted seconds until running requests have freed `pages` more.
+
+        Infinite where they never will.
+        """
+
+    def try_admit(
+        self,
+        request: Request,
+        *,
+        lane: int | None = None,
+        wrs: float | None = None,
+        passing: Request | None = None,
+    ) -> bool:
         """Admit a waiting request if its pages and a row are to be had.
 
         Takes pages for its KV entries and, together with them, for its adapter when
         that is not on the device, evicting idle adapters as far as needed. False
-        changes nothing.
+        changes nothing. `lane`, `wrs` (give both or neither) and `passing`, the head of
+        the line that it overtakes by a bypass, are reported with the request.
+
+        Raises:
+          ValueError: `request` does not wait.
+        """
+
+    def squash(self, request: Request, reason: str) -> bool:
+        """Send a running request back to wait; its tokens are recomputed later.
+
+        Return False, and change nothing, where it was squashed as often as the engine
+        allows. It is not reported in `requeued`.
+
+        Raises:
+          ValueError: `request` does not run.
+        """
+
+    def reject(self, request: Request, reason: str) -> None:
+        """End a waiting request with an error; it is reported in no later `ended`.
 
         Raises:
           ValueError: `request` does not wait.
@@ -49,7 +158,11 @@ class AdmissionView(Protocol):
 
 
 class AdmissionPolicy(Protocol):
-    """Decides who starts, in which order."""
+    """Decides who starts, in which order.
+
+    A policy may also have a method `lanes() -> Sequence[LaneStats]`, which the engine
+    reports.
+    """
 
     def admit(self, view: AdmissionView) -> None:
         """Call `view.try_admit` for the requests that shall start now."""

@@ -41,6 +41,18 @@ class AdapterRegistered:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class AdapterPinned:
+    """From now on an adapter is kept on the device, or is evictable again.
+
+    A pinned adapter that is absent is loaded as soon as its pages are to be had; if
+    that load fails, the next request for it tries again.
+    """
+
+    uid: str
+    pinned: bool
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class LoadDone:
     """A load that a plan started has arrived, or failed with the reason `error`."""
 
@@ -63,4 +75,6 @@ class StepDone:
     finished: tuple[str, ...] = ()
 
 
-Event: TypeAlias = Arrival | Cancel | AdapterRegistered | LoadDone | StepDone
+Event: TypeAlias = (
+    Arrival | Cancel | AdapterRegistered | AdapterPinned | LoadDone | StepDone
+)

@@ -8,7 +8,10 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class PrefillChunk:
-    """Run prompt tokens `start` to `start + length` of one request."""
+    """Run tokens `start` to `start + length` of one request.
+
+    They are its prompt; of a request that was squashed, prompt and output so far.
+    """
 
     request_id: str
     start: int
@@ -32,23 +35,52 @@ class Plan:
 
     Attributes:
       failed: (request id, reason) of requests that end now without having finished.
+      squashed: (request id, reason) of running requests that lose their pages and wait
+        again; what they produced stays. One of them may be among `admitted` again.
       evicted: uids whose pages are gone; one of them may be among `loads` again.
       admitted: request ids that start to run, in admission order.
       hits: those of `admitted` whose adapter was resident.
       kv_pages: (request id, pages) for `admitted`, pages in token-block order.
+      lanes: (request id, lane, WRS) of those of `admitted` that came through a lane.
+      bypasses: (request id, passed id): the first was admitted over the second, the
+        head of its lane.
+      grown: (request id, pages) that running requests get behind those they have.
       loads: adapter copies to start, in this order.
       prefill: prompt chunks; only of requests whose adapter is resident.
       decode: request ids that produce one token each, in admission order.
     """
 
     failed: tuple[tuple[str, str], ...] = ()
+    squashed: tuple[tuple[str, str], ...] = ()
     evicted: tuple[str, ...] = ()
     admitted: tuple[str, ...] = ()
     hits: tuple[str, ...] = ()
     kv_pages: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    lanes: tuple[tuple[str, int, float], ...] = ()
+    bypasses: tuple[tuple[str, str], ...] = ()
+    grown: tuple[tuple[str, tuple[int, ...]], ...] = ()
     loads: tuple[Load, ...] = ()
     prefill: tuple[PrefillChunk, ...] = ()
     decode: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class LaneStats:
+    """One lane of a scheduler, smallest requests first.
+
+    Attributes:
+      upper_wrs: requests up to this size belong here; infinite for the last lane.
+      quota_tokens: what the lane owns.
+      used_tokens: what its running requests are charged; above the quota when it
+        borrowed.
+      waiting, running: requests.
+    """
+
+    upper_wrs: float
+    quota_tokens: float
+    used_tokens: float
+    waiting: int
+    running: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,6 +93,12 @@ class Books:
       hits, misses: admissions whose adapter was resident, or was not.
       loads: adapter copies started; load_failures: those of them that failed.
       waiting, running: requests in the line, and admitted ones.
+      bypasses: admissions over the head of a lane.
+      squashes, growth_squashes: requests sent back to wait; the second counts those
+        of the first whose pages a row that outgrew its prediction took.
+      grown_pages: pages given to rows beyond what they reserved at admission.
+      stalls: times a row could not decode for want of a page.
+      lanes: empty where the admission policy has none.
     """
 
     free_pages: int
@@ -74,3 +112,9 @@ class Books:
     load_failures: int
     waiting: int
     running: int
+    bypasses: int = 0
+    squashes: int = 0
+    growth_squashes: int = 0
+    grown_pages: int = 0
+    stalls: int = 0
+    lanes: tuple[LaneStats, ...] = ()

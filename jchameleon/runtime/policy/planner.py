@@ -1,18 +1,20 @@
 """The planner: turns events into the next iteration's plan.
 
 One call of `Planner.plan` is: apply the events (what ended returns its pages at once),
-admit, start adapter loads, lay out the token budget. Time is an argument and all state
-changes go through events, so the same events give the same plans.
+give pages to rows that outgrew theirs, admit, start adapter loads, lay out the token
+budget. Time is an argument and all state changes go through events, so the same events
+give the same plans.
 """
 
-import dataclasses
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
-from jchameleon.config import RESERVED_PAGES
-from jchameleon.errors import ConfigError
-from jchameleon.runtime.policy.admission import AdmissionPolicy
+from jchameleon.runtime.policy.admission import AdmissionPolicy, Capacity
+from jchameleon.runtime.policy.blame import blaming
+from jchameleon.runtime.policy.candidates import State
+from jchameleon.runtime.policy.estimator import Estimator
 from jchameleon.runtime.policy.events import (
+    AdapterPinned,
     AdapterRegistered,
     Arrival,
     Cancel,
@@ -20,67 +22,17 @@ from jchameleon.runtime.policy.events import (
     LoadDone,
     StepDone,
 )
-from jchameleon.runtime.policy.eviction import EvictionPolicy, choose_victims
-from jchameleon.runtime.policy.plan import Books, Load, Plan, PrefillChunk
+from jchameleon.runtime.policy.eviction import EvictionPolicy
+from jchameleon.runtime.policy.limits import PlannerConfig
+from jchameleon.runtime.policy.plan import Books, Load, Plan
 from jchameleon.runtime.policy.pool import PagePool
 from jchameleon.runtime.policy.predictor import LengthPredictor
 from jchameleon.runtime.policy.prefetch import PrefetchPolicy
 from jchameleon.runtime.policy.request import Request
-from jchameleon.runtime.policy.residency import Adapter, AdapterStats, Residency, State
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class PlannerConfig:
-    """Limits of one planner.
-
-    Attributes:
-      num_pages: pages of the pool, with the two reserved ones.
-      block_tokens: tokens whose KV entries fill one page.
-      max_running: requests admitted at once.
-      max_batch_tokens: tokens of one iteration, decode rows and padded chunks.
-      max_loads_in_flight: adapter copies under way at once.
-      prefill_tile_tokens: prompt chunks are padded to multiples of this.
-    """
-
-    num_pages: int
-    block_tokens: int
-    max_running: int
-    max_batch_tokens: int
-    max_loads_in_flight: int
-    prefill_tile_tokens: int
-
-    def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if type(value) is not int or value < 1:
-                raise ConfigError(f"{field.name}={value!r} must be a positive integer")
-        if self.num_pages <= RESERVED_PAGES:
-            raise ConfigError(
-                f"num_pages={self.num_pages} must be above {RESERVED_PAGES}, which "
-                "the pool keeps for itself"
-            )
-        least = self.max_running + self.prefill_tile_tokens
-        if self.max_batch_tokens < least:
-            raise ConfigError(
-                f"max_batch_tokens={self.max_batch_tokens} must be at least "
-                f"max_running + prefill_tile_tokens = {least}"
-            )
-
-    def kv_pages(self, prompt_tokens: int, max_tokens: int) -> int:
-        """Return the pages of a request's KV entries; the last token needs none."""
-        return -(-(prompt_tokens + max_tokens - 1) // self.block_tokens)
-
-
-@dataclasses.dataclass(slots=True, eq=False)
-class _Running:
-    """An admitted request: how far plans have taken it, and what was reported."""
-
-    request: Request
-    adapter: Adapter | None
-    kv_pages: int
-    prefilled_tokens: int = 0
-    planned_tokens: int = 0
-    produced_tokens: int = 0
+from jchameleon.runtime.policy.residency import AdapterStats, Residency
+from jchameleon.runtime.policy.rows import Row, lay_out
+from jchameleon.runtime.policy.space import Space
+from jchameleon.runtime.policy.turn import Turn
 
 
 class Planner:
@@ -97,15 +49,26 @@ class Planner:
     ) -> None:
         self.config = config
         self._admission = admission
-        self._eviction = eviction
         self._predictor = predictor
         self._prefetch = prefetch
+        self._observe_prefetch = getattr(prefetch, "observe", None)
+        self._timed = bool(getattr(prefetch, "timed", False))
         self._pool = PagePool(config.num_pages)
         self._residency = Residency(self._pool)
+        self._space = Space(self._pool, self._residency, eviction)
+        self._estimator = Estimator()
         # OrderedDict: first item and deletion are O(1) however long the line is.
-        self._waiting: OrderedDict[str, Request] = OrderedDict()
-        self._running: dict[str, _Running] = {}
-        self._kv_pages = 0
+        self._waiting: OrderedDict[str, Row] = OrderedDict()
+        self._running: dict[str, Row] = {}
+        self._accepted = 0
+        self._observed = 0
+        self._bypasses = 0
+        self._squashes = 0
+        self._growth_squashes = 0
+        self._grown_pages = 0
+        self._stalls = 0
+        # What the last plan laid out, which the next StepDone reports on.
+        self._laid_out_tokens = (0, 0)
 
     def plan(self, now_s: float, events: Sequence[Event]) -> Plan:
         """Apply `events` in order and return what the engine is to do next.
@@ -113,49 +76,119 @@ class Planner:
         Raises:
           ValueError: an event that contradicts the state: a request id that waits or
             runs already, an adapter never registered, a load that is not under way.
+          PolicyError: a policy raised, or answered what its protocol rules out.
         """
-        turn = _Turn(self, now_s)
+        turn = Turn(self, now_s)
+        self._residency.advance(now_s)
         for event in events:
             self._apply(event, turn)
-        self._admission.admit(turn)
-        for request_id in turn.admitted:
-            del self._waiting[request_id]
-        loads = self._start_loads(turn)
-        prefill, decode = self._lay_out()
+        self._residency.candidates.load_line = self._estimator.load_line()
+        turn.evicted += self._space.drop_expired()
+        self._grow(turn)
+        with blaming("admission", self._admission):
+            self._admission.admit(turn)
+        turn.settle_line()
+        loads = self._space.start_loads(self.config.max_loads_in_flight, turn.evicted)
+        loads += self._prefetched(turn)
+        prefill, decode = lay_out(
+            self._running.values(),
+            budget_tokens=self.config.max_batch_tokens,
+            tile_tokens=self.config.prefill_tile_tokens,
+        )
+        self._laid_out_tokens = (sum(c.length for c in prefill), len(decode))
+        for load in loads:
+            self._space.note_load(load.uid, now_s)
         return Plan(
             failed=tuple(turn.failed),
+            squashed=tuple(turn.squashed),
             evicted=tuple(turn.evicted),
             admitted=tuple(turn.admitted),
             hits=tuple(turn.hits),
             kv_pages=tuple(turn.kv_pages),
-            loads=loads,
+            lanes=tuple(turn.lanes),
+            bypasses=tuple(turn.bypasses),
+            grown=tuple(turn.grown),
+            loads=tuple(loads),
             prefill=prefill,
             decode=decode,
         )
 
     def can_ever_fit(
-        self, prompt_tokens: int, max_tokens: int, adapter_pages: int
+        self,
+        prompt_tokens: int,
+        max_tokens: int,
+        adapter_pages: int,
+        *,
+        pinned: bool = False,
     ) -> str | None:
         """Return why a request can never run in this pool, or None if it can.
 
-        Depends on the configuration alone, so any thread may ask.
+        Any thread may ask; the answer changes only when adapters are pinned.
+
+        Args:
+          adapter_pages: what its adapter takes; 0 for the base model.
+          pinned: its adapter is pinned.
         """
         kv_pages = self.config.kv_pages(prompt_tokens, max_tokens)
-        usable = self.config.num_pages - RESERVED_PAGES
-        if kv_pages + adapter_pages <= usable:
+        kept = self._residency.pinned_pages
+        usable = self.config.usable_pages - kept
+        if kv_pages + (0 if pinned else adapter_pages) <= usable:
             return None
+        beside = f" beside {kept} pages of pinned adapters" if kept else ""
         return (
             f"prompt of {prompt_tokens} and max_tokens={max_tokens} need {kv_pages} KV "
-            f"pages and the adapter {adapter_pages}, the pool has {usable}: lower "
-            "max_tokens or enlarge the pool"
+            f"pages and the adapter {adapter_pages}, the pool has {usable}{beside}: "
+            "lower max_tokens or enlarge the pool"
         )
+
+    def why_not_pin(self, uid: str) -> str | None:
+        """Return why an adapter cannot be pinned now, or None if it can.
+
+        Every accepted request must still be able to run beside all pinned adapters.
+
+        Raises:
+          ValueError: the adapter was never registered.
+        """
+        adapter = self._residency.get(uid)
+        if adapter.pinned:
+            return None
+        kept = self._residency.pinned_pages + adapter.num_pages
+        needed = 1
+        for rows in (self._running, self._waiting):
+            for row in rows.values():
+                request = row.request
+                pages = self.config.kv_pages(request.prompt_tokens, request.max_tokens)
+                own = row.adapter
+                if own is not None and own is not adapter and not own.pinned:
+                    pages += own.num_pages
+                needed = max(needed, pages)
+        usable = self.config.usable_pages
+        if kept + needed <= usable:
+            return None
+        return (
+            f"pinning it would keep {kept} pages from the pool of {usable}, and a "
+            f"request needs {needed}: unpin others or enlarge the pool"
+        )
+
+    def is_pinned(self, uid: str) -> bool:
+        """Return whether an adapter is registered and pinned; any thread may ask."""
+        try:
+            return self._residency.get(uid).pinned
+        except ValueError:
+            return False
+
+    @property
+    def watches_the_clock(self) -> bool:
+        """Whether time alone may change the next plan, without any event."""
+        return self._timed or bool(self._waiting)
 
     def books(self) -> Books:
         """Return page and event totals as of the last plan."""
         residency = self._residency
+        lanes = getattr(self._admission, "lanes", None)
         return Books(
             free_pages=self._pool.free_pages,
-            kv_pages=self._kv_pages,
+            kv_pages=self._space.kv_pages,
             resident_pages=residency.resident_pages,
             loading_pages=residency.loading_pages,
             hits=residency.hits,
@@ -165,6 +198,12 @@ class Planner:
             load_failures=residency.failures,
             waiting=len(self._waiting),
             running=len(self._running),
+            bypasses=self._bypasses,
+            squashes=self._squashes,
+            growth_squashes=self._growth_squashes,
+            grown_pages=self._grown_pages,
+            stalls=self._stalls,
+            lanes=() if lanes is None else tuple(lanes()),
         )
 
     def adapter_stats(self, uid: str) -> AdapterStats:
@@ -181,7 +220,7 @@ class Planner:
         self._pool.check()
         residency.check()
         books = self.books()
-        assert config.num_pages == RESERVED_PAGES + (
+        assert config.usable_pages == (
             books.free_pages
             + books.kv_pages
             + books.resident_pages
@@ -189,29 +228,43 @@ class Planner:
         ), f"pages do not add up: {books}"
         assert books.running <= config.max_running
         assert not self._running.keys() & self._waiting.keys()
+        assert books.kv_pages == sum(r.kv_pages for r in self._running.values())
         refs: dict[str, int] = {}
         queued: dict[str, int] = {}
-        assert books.kv_pages == sum(r.kv_pages for r in self._running.values())
         for request_id, row in self._running.items():
             request = row.request
             pages = self._pool.pages_of(("kv", request_id))
-            needed = config.kv_pages(request.prompt_tokens, request.max_tokens)
-            assert len(pages) == row.kv_pages == needed, f"{request_id}: page count"
-            assert 0 <= row.prefilled_tokens <= request.prompt_tokens
-            assert 0 <= row.planned_tokens <= request.max_tokens
+            held_tokens = len(pages) * config.block_tokens
+            most = config.kv_pages(request.prompt_tokens, request.max_tokens)
+            assert len(pages) == row.kv_pages <= most, f"{request_id}: page count"
+            # KV entries of all but the last token that plans have asked for.
+            assert request.prompt_tokens + row.planned_tokens - 1 <= held_tokens
+            assert 0 <= row.prefilled_tokens <= row.prefill_tokens
+            assert row.produced_tokens <= row.planned_tokens <= request.max_tokens
+            assert row.squashes <= config.max_squashes, f"{request_id}: squashes"
             if row.adapter is not None:
                 uid = row.adapter.uid
                 assert row.adapter.state is not State.ABSENT, f"{request_id}: no {uid}"
                 refs[uid] = refs.get(uid, 0) + 1
-        for request in self._waiting.values():
-            if request.adapter_uid is not None:
-                uid = request.adapter_uid
+        for row in self._waiting.values():
+            assert row.kv_pages == 0 and row.settled
+            if row.adapter is not None:
+                uid = row.adapter.uid
                 queued[uid] = queued.get(uid, 0) + 1
         for stats in map(residency.stats, residency.uids()):
             assert stats.running == refs.get(stats.uid, 0), f"{stats.uid}: references"
             assert stats.queued == queued.get(stats.uid, 0), f"{stats.uid}: queued"
 
-    def _apply(self, event: Event, turn: "_Turn") -> None:
+    @property
+    def _capacity(self) -> Capacity:
+        return Capacity(
+            pages=self.config.usable_pages - self._residency.pinned_pages,
+            block_tokens=self.config.block_tokens,
+            max_running=self.config.max_running,
+            max_rank=self._residency.max_rank,
+        )
+
+    def _apply(self, event: Event, turn: Turn) -> None:
         match event:
             case Arrival(request):
                 self._arrive(request, turn)
@@ -219,180 +272,204 @@ class Planner:
                 self._end(request_id, turn)
             case AdapterRegistered(uid, rank, num_pages):
                 self._residency.register(uid, rank, num_pages)
+            case AdapterPinned(uid, pinned):
+                self._residency.pin(uid, pinned=pinned)
+                self._space.want(uid, wanted=pinned)
             case LoadDone(uid, error):
-                self._residency.finish_load(uid, failed=error is not None)
-                if error is not None:
-                    self._fail_users(uid, error, turn)
+                self._load_done(uid, error, turn)
             case StepDone():
-                for request_id, tokens in event.produced:
-                    if request_id in self._running:
-                        self._running[request_id].produced_tokens += tokens
-                for request_id in event.finished:
-                    row = self._end(request_id, turn)
-                    if row is not None:
-                        self._predictor.observe(row.request, row.produced_tokens)
+                self._step_done(event, turn)
 
-    def _arrive(self, request: Request, turn: "_Turn") -> None:
+    def _arrive(self, request: Request, turn: Turn) -> None:
         request_id, uid = request.request_id, request.adapter_uid
         if request_id in self._waiting or request_id in self._running:
             raise ValueError(f"request_id={request_id!r} waits or runs already")
-        adapter_pages = 0 if uid is None else self._residency.get(uid).num_pages
+        adapter = None if uid is None else self._residency.get(uid)
         reason = self.can_ever_fit(
-            request.prompt_tokens, request.max_tokens, adapter_pages
+            request.prompt_tokens,
+            request.max_tokens,
+            0 if adapter is None else adapter.num_pages,
+            pinned=adapter is not None and adapter.pinned,
         )
         if reason is not None:  # it would block the line for ever
             turn.failed.append((request_id, reason))
             return
-        self._waiting[request_id] = request
-        if uid is not None:
-            self._residency.add_queued(uid)
-        turn.arrived.append(request)
+        predicted = self._predict(request)
+        row = Row(request, adapter, self._accepted, predicted, self._observed)
+        self._waiting[request_id] = row
+        self._accepted += 1
+        if adapter is not None:
+            self._residency.add_queued(adapter.uid)
+        turn.note_arrival(request)
 
-    def _end(self, request_id: str, turn: "_Turn") -> _Running | None:
+    def _predict(self, request: Request) -> int:
+        with blaming("predictor", self._predictor) as blame:
+            tokens = self._predictor.predict(request)
+            if not 1 <= tokens <= request.max_tokens or tokens != int(tokens):
+                blame(
+                    f"predicted {tokens!r} tokens, which must be 1 to max_tokens="
+                    f"{request.max_tokens}"
+                )
+        return int(tokens)
+
+    def _predict_again(self, row: Row) -> None:
+        """Predict a request that has not run yet anew, if others have ended since."""
+        if row.predicted_after != self._observed and row.produced_tokens == 0:
+            row.predicted_tokens = self._predict(row.request)
+            row.predicted_after = self._observed
+
+    def _end(self, request_id: str, turn: Turn) -> Row | None:
         """Forget a request and return its pages; unknown ids are ignored."""
-        request = self._waiting.pop(request_id, None)
-        if request is not None:
-            if request.adapter_uid is not None:
-                self._residency.drop_queued(request.adapter_uid)
-            turn.ended.append(request)
-            return None
-        row = self._running.pop(request_id, None)
+        row = self._waiting.pop(request_id, None)
         if row is not None:
-            self._kv_pages -= self._pool.free(("kv", request_id))
             if row.adapter is not None:
-                self._residency.release(row.adapter, turn.now_s)
-            turn.ended.append(row.request)
+                self._residency.drop_queued(row.adapter.uid)
+        else:
+            row = self._running.pop(request_id, None)
+            if row is None:
+                return None
+            self._space.give_back(row, turn.now_s)
+        turn.note_end(row.request)
         return row
 
-    def _fail_users(self, uid: str, error: str, turn: "_Turn") -> None:
+    def _load_done(self, uid: str, error: str | None, turn: Turn) -> None:
+        started_s = self._space.load_done(uid, turn.now_s)
+        self._residency.finish_load(uid, failed=error is not None, now_s=turn.now_s)
+        if error is None:
+            self._estimator.observe_load(
+                turn.now_s - started_s, num_pages=self._residency.get(uid).num_pages
+            )
+            return
         # A failed load is rare enough to walk the whole line.
-        requests = [row.request for row in self._running.values()]
-        requests += self._waiting.values()
-        for request in requests:
-            if request.adapter_uid == uid:
-                self._end(request.request_id, turn)
-                turn.failed.append((request.request_id, error))
+        rows = [*self._running.values(), *self._waiting.values()]
+        for row in rows:
+            if row.request.adapter_uid == uid:
+                self._end(row.request.request_id, turn)
+                turn.failed.append((row.request.request_id, error))
 
-    def _try_admit(self, request: Request, turn: "_Turn") -> bool:
-        request_id, config, residency = request.request_id, self.config, self._residency
-        if request_id in self._running or request_id not in self._waiting:
-            raise ValueError(f"request_id={request_id!r} does not wait")
-        if len(self._running) >= config.max_running:
-            return False
-        kv_pages = config.kv_pages(request.prompt_tokens, request.max_tokens)
-        needed = kv_pages
-        spare = self._pool.free_pages + residency.candidates.total_pages
-        adapter = None
-        if request.adapter_uid is not None:
-            adapter = residency.get(request.adapter_uid)
-            if adapter.state is State.ABSENT:
-                needed += adapter.num_pages
-            elif adapter.row >= 0:  # idle now, but this request needs it
-                spare -= adapter.num_pages
-        if needed > spare:
-            return False
+    def _step_done(self, event: StepDone, turn: Turn) -> None:
+        prefill_tokens, decode_rows = self._laid_out_tokens
+        if prefill_tokens or decode_rows:
+            self._estimator.observe_step(
+                event.duration_s, prefill_tokens=prefill_tokens, decode_rows=decode_rows
+            )
+            self._laid_out_tokens = (0, 0)
+        for request_id, tokens in event.produced:
+            row = self._running.get(request_id)
+            if row is not None and row.produce(tokens):
+                turn.outgrown.append(row.request)
+        for request_id in event.finished:
+            row = self._end(request_id, turn)
+            if row is not None:
+                self._observed += 1
+                with blaming("predictor", self._predictor):
+                    self._predictor.observe(row.request, row.produced_tokens)
 
+    def _grow(self, turn: Turn) -> None:
+        """Give a page to each row whose next token has no room, the oldest first.
+
+        Free pages and idle adapters go first; then the youngest row that is younger
+        and has not been squashed too often waits again; else the row itself skips this
+        step. So the oldest row always gets on, or waits for rows that hold all they
+        will ever need (those squashed too often), which end.
+        """
+        block_tokens = self.config.block_tokens
+        short = [
+            row
+            for row in self._running.values()
+            if row.request.prompt_tokens + row.planned_tokens
+            > row.kv_pages * block_tokens
+            and row.decodes
+        ]
+        for row in sorted(short, key=lambda row: row.seq):
+            request_id = row.request.request_id
+            if self._running.get(request_id) is not row:
+                continue  # squashed for an older one
+            while not self._space.can_free(1):
+                victim = self._youngest_after(row)
+                if victim is None:
+                    break
+                self._squash(victim, "growth", turn)
+                self._growth_squashes += 1
+                turn.requeued.append(victim.request)
+                turn.return_to_line(victim)
+            if self._space.can_free(1):
+                turn.evicted += self._space.free(1)
+                turn.grown.append((request_id, self._space.extend(row)))
+                self._grown_pages += 1
+            else:
+                row.stalled = True
+                self._stalls += 1
+
+    def _youngest_after(self, row: Row) -> Row | None:
+        """Return the youngest row that may be squashed in favour of `row`."""
+        younger = [
+            other
+            for other in self._running.values()
+            if other.seq > row.seq
+            and other.settled
+            and other.squashes < self.config.max_squashes
+        ]
+        return max(younger, key=lambda other: other.seq, default=None)
+
+    def _squash(self, row: Row, reason: str, turn: Turn) -> None:
+        """Take a running request's pages and let it wait again."""
+        del self._running[row.request.request_id]
+        self._space.give_back(row, turn.now_s)
+        row.stop()
+        self._squashes += 1
+        if row.adapter is not None:
+            self._residency.add_queued(row.adapter.uid)
+        turn.squashed.append((row.request.request_id, reason))
+
+    def _reserved_tokens(self, row: Row) -> int:
+        """Return the output that a waiting request gets pages for at admission."""
+        config, most = self.config, row.request.max_tokens
+        if config.kv_reserve == "max_tokens" or row.squashes >= config.max_squashes:
+            return most
+        self._predict_again(row)
+        return min(most, max(row.predicted_tokens, row.produced_tokens + 1))
+
+    def _missing_pages(self, row: Row) -> tuple[int, int]:
+        """Return (KV pages it needs, pages it lacks after evicting all idle)."""
+        kv_pages = self.config.kv_pages(
+            row.request.prompt_tokens, self._reserved_tokens(row)
+        )
+        return kv_pages, max(0, -self._space.spare_pages(kv_pages, row.adapter))
+
+    def _try_admit(self, row: Row, turn: Turn) -> bool:
+        if len(self._running) >= self.config.max_running:
+            return False
+        kv_pages, missing = self._missing_pages(row)
+        if missing:
+            return False
+        request_id, adapter = row.request.request_id, row.adapter
+        # KV and adapter together: whoever is admitted holds its adapter to its end.
         if adapter is not None:
-            residency.drop_queued(adapter.uid)
-            if residency.acquire(adapter):
+            self._residency.drop_queued(adapter.uid)
+            if self._residency.acquire(adapter, turn.now_s):
                 turn.hits.append(request_id)
-        short = needed - self._pool.free_pages
-        for victim in choose_victims(self._eviction, residency.candidates, short):
-            residency.evict(victim)
-            turn.evicted.append(victim.uid)
-        # KV and adapter together: whoever is admitted can run to its end.
-        pages = self._pool.reserve(("kv", request_id), kv_pages)
-        self._kv_pages += kv_pages
-        if adapter is not None and adapter.state is State.ABSENT:
-            residency.reserve(adapter)
-        self._running[request_id] = _Running(request, adapter, kv_pages)
+        row.start(kv_pages)
+        pages, evicted = self._space.place(row)
+        turn.evicted += evicted
+        self._running[request_id] = row
         turn.admitted.append(request_id)
         turn.kv_pages.append((request_id, pages))
         return True
 
-    def _start_loads(self, turn: "_Turn") -> tuple[Load, ...]:
-        """Start lined-up copies while the link has room; prefetch on what is left."""
-        residency, limit = self._residency, self.config.max_loads_in_flight
+    def _prefetched(self, turn: Turn) -> list[Load]:
+        """Ask the prefetch policy while the link has room and nothing waits for it."""
+        limit, residency = self.config.max_loads_in_flight, self._residency
         loads: list[Load] = []
-        while residency.loads_in_flight < limit:
-            started = residency.start_next_load()
-            if started is None:
-                break
-            loads.append(Load(*started))
-        if residency.loads_in_flight < limit:
+        with blaming("prefetch", self._prefetch):
+            if self._observe_prefetch is not None:
+                self._observe_prefetch(turn)
+            if residency.loads_in_flight >= limit:
+                return []
             for uid in self._prefetch.candidates(turn):
-                adapter = residency.get(uid)
-                if adapter.state is not State.ABSENT:
-                    continue
-                if adapter.num_pages > self._pool.free_pages:
-                    continue
-                residency.reserve(adapter)
-                started = residency.start_next_load()
-                assert started is not None
-                loads.append(Load(*started))
-                if residency.loads_in_flight == limit:
-                    break
-        return tuple(loads)
-
-    def _lay_out(self) -> tuple[tuple[PrefillChunk, ...], tuple[str, ...]]:
-        """Spend the token budget: every decode row, then prompts in admission order."""
-        tile = self.config.prefill_tile_tokens
-        decode: list[str] = []
-        prompts: list[tuple[str, _Running]] = []
-        for request_id, row in self._running.items():
-            if row.prefilled_tokens < row.request.prompt_tokens:
-                if row.adapter is None or row.adapter.state is State.RESIDENT:
-                    prompts.append((request_id, row))
-            elif row.planned_tokens < row.request.max_tokens:
-                # Never beyond the reserved pages, however late `finished` comes.
-                row.planned_tokens += 1
-                decode.append(request_id)
-        # Whole tiles: a chunk that ends before its prompt fills its last tile.
-        tiles = (self.config.max_batch_tokens - len(decode)) // tile
-        prefill: list[PrefillChunk] = []
-        for request_id, row in prompts:
-            if tiles == 0:
-                break
-            start = row.prefilled_tokens
-            length = min(row.request.prompt_tokens - start, tiles * tile)
-            prefill.append(PrefillChunk(request_id, start, length))
-            tiles -= -(-length // tile)
-            row.prefilled_tokens += length
-            if row.prefilled_tokens == row.request.prompt_tokens:
-                row.planned_tokens = 1  # the last chunk samples the first token
-        return tuple(prefill), tuple(decode)
-
-
-class _Turn:
-    """One call of `plan`: the view that policies get, and what the plan collects."""
-
-    def __init__(self, planner: Planner, now_s: float) -> None:
-        self._planner = planner
-        self.now_s = now_s
-        self.arrived: list[Request] = []
-        self.ended: list[Request] = []
-        self.admitted: list[str] = []
-        self.hits: list[str] = []
-        self.kv_pages: list[tuple[str, tuple[int, ...]]] = []
-        self.evicted: list[str] = []
-        self.failed: list[tuple[str, str]] = []
-
-    @property
-    def waiting(self) -> Iterator[Request]:
-        # Those admitted in this turn leave the line when the policy has returned, so
-        # that it may admit while it iterates.
-        running = self._planner._running
-        for request_id, request in self._planner._waiting.items():
-            if request_id not in running:
-                yield request
-
-    @property
-    def running(self) -> Iterator[Request]:
-        for row in self._planner._running.values():
-            yield row.request
-
-    def predicted_tokens(self, request: Request) -> int:
-        return self._planner._predictor.predict(request)
-
-    def try_admit(self, request: Request) -> bool:
-        return self._planner._try_admit(request, self)
+                load = self._space.prefetch(uid)
+                if load is not None:
+                    loads.append(load)
+                    if residency.loads_in_flight >= limit:
+                        break
+        return loads

@@ -37,17 +37,23 @@ class PagePool:
           PoolExhausted: fewer than `count` pages are free.
           ValueError: `count` < 1, or `owner` owns pages already.
         """
-        if count < 1:
-            raise ValueError(f"count={count} of {owner!r} must be at least 1")
         if owner in self._owned:
             raise ValueError(f"owner={owner!r} owns pages already")
-        if count > len(self._free):
-            raise PoolExhausted(
-                f"{owner!r} needs {count} pages, {len(self._free)} are free"
-            )
-        pages = tuple(reversed(self._free[-count:]))
-        del self._free[-count:]
+        pages = self._take(owner, count)
         self._owned[owner] = pages
+        return pages
+
+    def extend(self, owner: Hashable, count: int) -> tuple[int, ...]:
+        """Give `count` >= 1 more free pages to an owner and return those.
+
+        Raises:
+          PoolExhausted: fewer than `count` pages are free.
+          ValueError: `count` < 1.
+          KeyError: `owner` owns nothing.
+        """
+        held = self._owned[owner]
+        pages = self._take(owner, count)
+        self._owned[owner] = held + pages
         return pages
 
     def commit(self, owner: Hashable, new_owner: Hashable) -> None:
@@ -90,3 +96,14 @@ class PagePool:
             "pages lost, doubled or reserved ones handed out"
         )
         assert all(self._owned.values()), "an owner without pages"
+
+    def _take(self, owner: Hashable, count: int) -> tuple[int, ...]:
+        if count < 1:
+            raise ValueError(f"count={count} of {owner!r} must be at least 1")
+        if count > len(self._free):
+            raise PoolExhausted(
+                f"{owner!r} needs {count} pages, {len(self._free)} are free"
+            )
+        pages = tuple(reversed(self._free[-count:]))
+        del self._free[-count:]
+        return pages

@@ -1,8 +1,10 @@
 """Which adapters to load before a request that needs them is admitted."""
 
-from collections.abc import Iterable
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol
 
+from jchameleon.errors import ConfigError
 from jchameleon.runtime.policy.request import Request
 
 
@@ -11,19 +13,39 @@ class PrefetchView(Protocol):
 
     @property
     def now_s(self) -> float:
-        """Time of this iteration on the engine's clock."""
+        """Time of this iteration on the engine's clock; it never goes back."""
 
     @property
     def waiting(self) -> Iterable[Request]:
-        """Requests that still wait, in arrival order."""
+        """Requests that still wait, without those admitted in this iteration.
+
+        In arrival order, except that squashed ones come first.
+        """
 
     @property
     def running(self) -> Iterable[Request]:
         """Admitted requests in admission order."""
 
+    @property
+    def arrived(self) -> Sequence[Request]:
+        """Requests that joined the line since the last iteration, in arrival order."""
+
+    @property
+    def ended(self) -> Sequence[Request]:
+        """Requests that left since the last iteration, waiting or running, in any way.
+
+        Also those that admission rejected just now. One that arrived and left since
+        the last iteration is in neither.
+        """
+
 
 class PrefetchPolicy(Protocol):
-    """Names adapters worth having, best first."""
+    """Names adapters worth having, best first.
+
+    A policy may also have a method `observe(view) -> None`, called once per iteration,
+    before `candidates`, whether or not the link has room; and an attribute `timed =
+    True` where time alone changes its answer: then an idle engine asks again and again.
+    """
 
     def candidates(self, view: PrefetchView) -> Iterable[str]:
         """Yield uids of registered adapters.
@@ -40,3 +62,31 @@ class NoPrefetch:
         """Name nothing."""
         del view
         return ()
+
+
+class Queued:
+    """Load what the head of the line will need (Chameleon, section 4.2).
+
+    Options:
+      lookahead_requests: waiting requests looked at in one iteration, so that a long
+        line costs no more than a short one. The number is our choice.
+
+    Raises:
+      ConfigError: `lookahead_requests` is not a positive integer.
+    """
+
+    def __init__(self, *, lookahead_requests: int = 64) -> None:
+        if type(lookahead_requests) is not int or lookahead_requests < 1:
+            raise ConfigError(
+                f"lookahead_requests={lookahead_requests!r} must be a positive integer"
+            )
+        self._lookahead_requests = lookahead_requests
+
+    def candidates(self, view: PrefetchView) -> Iterator[str]:
+        """Yield the first waiting requests' adapters in order, each once."""
+        named: set[str] = set()
+        for request in itertools.islice(view.waiting, self._lookahead_requests):
+            uid = request.adapter_uid
+            if uid is not None and uid not in named:
+                named.add(uid)
+                yield uid

@@ -1,13 +1,17 @@
 """Policies by name: those that ship here, and your own as "package.module:Class"."""
 
 import importlib
+import inspect
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
+from jchameleon.config import nearest
 from jchameleon.errors import ConfigError
-from jchameleon.runtime.policy.admission import AdmissionPolicy, Fifo
-from jchameleon.runtime.policy.eviction import EvictionPolicy, Lru
-from jchameleon.runtime.policy.predictor import LengthPredictor, MaxTokens
-from jchameleon.runtime.policy.prefetch import NoPrefetch, PrefetchPolicy
+from jchameleon.runtime.policy.admission import AdmissionPolicy
+from jchameleon.runtime.policy.eviction import EvictionPolicy
+from jchameleon.runtime.policy.predictor import LengthPredictor
+from jchameleon.runtime.policy.prefetch import PrefetchPolicy
 
 _PROTOCOLS: dict[str, type] = {
     "admission": AdmissionPolicy,
@@ -16,11 +20,35 @@ _PROTOCOLS: dict[str, type] = {
     "prefetch": PrefetchPolicy,
 }
 
-_SHIPPED: dict[str, dict[str, type]] = {
-    "admission": {"fifo": Fifo},
-    "eviction": {"lru": Lru},
-    "predictor": {"max_tokens": MaxTokens},
-    "prefetch": {"none": NoPrefetch},
+POLICY_KINDS = tuple(_PROTOCOLS)
+"""What a policy decides; each kind is a protocol of its own."""
+
+# Short name -> module of this package and class; imported when first asked for.
+_SHIPPED: dict[str, dict[str, str]] = {
+    "admission": {
+        "fifo": "admission:Fifo",
+        "chameleon": "chameleon:Chameleon",
+        "sjf": "sjf:ShortestJobFirst",
+        "s-lora": "slora:SLora",
+    },
+    "eviction": {
+        "lru": "eviction:Lru",
+        "chameleon": "eviction:ChameleonScore",
+        "fairshare": "eviction:FairShare",
+        "gdsf": "eviction:Gdsf",
+        "drop": "eviction:Drop",
+    },
+    "predictor": {
+        "max_tokens": "predictor:MaxTokens",
+        "oracle": "predictor:Oracle",
+        "noisy-oracle": "predictor:NoisyOracle",
+        "quantile": "predictor:Quantile",
+    },
+    "prefetch": {
+        "none": "prefetch:NoPrefetch",
+        "queued": "prefetch:Queued",
+        "histogram": "histogram:Histogram",
+    },
 }
 
 
@@ -36,14 +64,18 @@ def policy_class(kind: str, name: str) -> type:
       ConfigError: unknown short name, a path that cannot be imported, or a class
         without a method of the protocol; names what is wrong.
     """
-    if name in _SHIPPED[kind]:
-        return _SHIPPED[kind][name]
-    if ":" not in name:
+    path = _SHIPPED[kind].get(name)
+    if path is not None:
+        path = f"{__package__}.{path}"
+    elif ":" in name:
+        path = name
+    else:
+        known = policy_names(kind)
         raise ConfigError(
-            f"{kind}={name!r} is no policy; known are {', '.join(policy_names(kind))}, "
-            "or name your own as 'package.module:Class'"
+            f"{kind}={name!r} is no policy{nearest(name, known)}; known are "
+            f"{', '.join(known)}, or name your own as 'package.module:Class'"
         )
-    found = _imported(kind, name)
+    found = _imported(kind, name, path)
     if not isinstance(found, type):
         raise ConfigError(f"{kind}={name!r} must be a class, not {found!r}")
     for method in vars(_PROTOCOLS[kind]):
@@ -54,26 +86,62 @@ def policy_class(kind: str, name: str) -> type:
     return found
 
 
-def create_policy(kind: str, name: str) -> Any:
-    """Return a new policy of `kind`, built without arguments.
+def create_policy(
+    kind: str, name: str, options: Mapping[str, Any] = MappingProxyType({})
+) -> Any:
+    """Return a new policy of `kind`, built with `options` as keyword arguments.
 
     Raises:
-      ConfigError: as `policy_class`, or the constructor refused.
+      ConfigError: as `policy_class`; an option that the constructor does not know, or
+        one that it needs and does not get; or the constructor refused.
     """
     found = policy_class(kind, name)
+    _check_options(kind, name, found, options)
     try:
-        return found()
+        return found(**options)
+    except ConfigError as error:
+        raise ConfigError(f"{kind}={name!r}: {error}") from error
     except Exception as error:
-        raise ConfigError(f"{kind}={name!r} cannot be built: {error}") from error
+        raise ConfigError(
+            f"{kind}={name!r} cannot be built: {_one_line(error)}"
+        ) from error
 
 
-def _imported(kind: str, name: str) -> object:
-    module_name, _, attribute = name.partition(":")
+def _check_options(
+    kind: str, name: str, found: type, options: Mapping[str, Any]
+) -> None:
+    """Compare options with the constructor's parameters."""
+    try:
+        parameters = inspect.signature(found).parameters.values()
+    except (TypeError, ValueError):  # a constructor that Python cannot look into
+        return
+    by_name = {
+        one.name: one
+        for one in parameters
+        if one.kind in (one.KEYWORD_ONLY, one.POSITIONAL_OR_KEYWORD)
+    }
+    if not any(one.kind is one.VAR_KEYWORD for one in parameters):
+        for option in options:
+            if option not in by_name:
+                known = (
+                    f"options are {', '.join(by_name)}" if by_name else "it has none"
+                )
+                raise ConfigError(
+                    f"{kind}={name!r} has no option {option!r}"
+                    f"{nearest(option, by_name)}; {known}"
+                )
+    for option, one in by_name.items():
+        if one.default is one.empty and option not in options:
+            raise ConfigError(f"{kind}={name!r} needs the option {option!r}")
+
+
+def _imported(kind: str, name: str, path: str) -> object:
+    module_name, _, attribute = path.partition(":")
     try:
         module = importlib.import_module(module_name)
     except Exception as error:  # a user's module may raise anything when imported
         raise ConfigError(
-            f"{kind}={name!r}: cannot import {module_name!r}: {error}"
+            f"{kind}={name!r}: cannot import {module_name!r}: {_one_line(error)}"
         ) from error
     try:
         return getattr(module, attribute)
@@ -81,3 +149,7 @@ def _imported(kind: str, name: str) -> object:
         raise ConfigError(
             f"{kind}={name!r}: module {module_name!r} has no {attribute!r}"
         ) from None
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

@@ -13,6 +13,8 @@ class Request:
       max_tokens: most tokens it may produce, at least 1.
       adapter_uid: content hash of its adapter; None is the bare base model.
       arrival_s: when the edge accepted it, on the engine's clock.
+      expected_tokens: the caller's own estimate of its output, 1 .. max_tokens, or
+        None; only predictors that say so read it.
     """
 
     request_id: str
@@ -20,9 +22,15 @@ class Request:
     max_tokens: int
     adapter_uid: str | None = None
     arrival_s: float = 0.0
+    expected_tokens: int | None = None
 
     def __post_init__(self) -> None:
         if self.prompt_tokens < 1:
             raise ValueError(f"prompt_tokens={self.prompt_tokens} must be at least 1")
         if self.max_tokens < 1:
             raise ValueError(f"max_tokens={self.max_tokens} must be at least 1")
+        expected = self.expected_tokens
+        if expected is not None and not 1 <= expected <= self.max_tokens:
+            raise ValueError(
+                f"expected_tokens={expected} must be 1 to max_tokens={self.max_tokens}"
+            )

@@ -1,64 +1,28 @@
 """Which adapters are on the device, who uses them and which may be evicted."""
 
 import dataclasses
-import enum
 
-import numpy as np
-
+from jchameleon.runtime.policy.candidates import Adapter, Candidates, State
 from jchameleon.runtime.policy.pool import PagePool
-
-
-class State(enum.Enum):
-    """Where an adapter is; every state but ABSENT holds device pages."""
-
-    ABSENT = "absent"
-    PENDING = "pending"  # pages held, the copy waits for the link
-    LOADING = "loading"
-    RESIDENT = "resident"
-
-
-@dataclasses.dataclass(slots=True, eq=False)
-class Adapter:
-    """One registered adapter; only `Residency` writes to it.
-
-    Attributes:
-      order: how many adapters were registered before it; breaks ties.
-      refs: admitted requests that use it.
-      queued: waiting requests that name it.
-      frequency: admissions that used it since it was registered.
-      last_used_s: when a request that used it last ended.
-      row: its row among the eviction candidates, -1 when it is none.
-      loads: copies started; failures: those of them that failed.
-    """
-
-    uid: str
-    order: int
-    rank: int
-    num_pages: int
-    state: State = State.ABSENT
-    pinned: bool = False
-    refs: int = 0
-    queued: int = 0
-    frequency: int = 0
-    last_used_s: float = 0.0
-    row: int = -1
-    hits: int = 0
-    misses: int = 0
-    loads: int = 0
-    evictions: int = 0
-    failures: int = 0
+from jchameleon.runtime.policy.window import UseWindow
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class AdapterStats:
-    """A snapshot of one adapter's counters, see `Adapter`."""
+    """A snapshot of one adapter's counters, see `Adapter`.
+
+    Attributes:
+      frequency: admissions that used it within the window, see `UseWindow`.
+    """
 
     uid: str
     state: str
+    pinned: bool
     rank: int
     num_pages: int
     running: int
     queued: int
+    frequency: int
     hits: int
     misses: int
     loads: int
@@ -66,101 +30,24 @@ class AdapterStats:
     failures: int
 
 
-class Candidates:
-    """Columns over the adapters that may be evicted now, one row each, unordered.
-
-    Rows come and go as adapters fall idle and are used again, so a policy scores
-    slices of arrays that exist already and never copies a table.
-    """
-
-    def __init__(self) -> None:
-        self.adapters: list[Adapter] = []
-        self.total_pages = 0
-        self._ints = np.zeros((5, 16), np.int64)  # order, pages, rank, uses, queued
-        self._last_used_s = np.zeros(16, np.float64)
-
-    def __len__(self) -> int:
-        return len(self.adapters)
-
-    @property
-    def order(self) -> np.ndarray:
-        """Registration order, i64[n]."""
-        return self._ints[0, : len(self.adapters)]
-
-    @property
-    def num_pages(self) -> np.ndarray:
-        """Pages that an eviction frees, i64[n]."""
-        return self._ints[1, : len(self.adapters)]
-
-    @property
-    def rank(self) -> np.ndarray:
-        """Largest rank of each adapter, i64[n]."""
-        return self._ints[2, : len(self.adapters)]
-
-    @property
-    def frequency(self) -> np.ndarray:
-        """Admissions that used each adapter, i64[n]."""
-        return self._ints[3, : len(self.adapters)]
-
-    @property
-    def queued(self) -> np.ndarray:
-        """Waiting requests that name each adapter, i64[n]."""
-        return self._ints[4, : len(self.adapters)]
-
-    @property
-    def last_used_s(self) -> np.ndarray:
-        """Time of each adapter's last use, f64[n]."""
-        return self._last_used_s[: len(self.adapters)]
-
-    def add(self, adapter: Adapter) -> None:
-        """Append a row for an adapter that has none."""
-        assert adapter.row < 0, f"adapter {adapter.uid} is a candidate already"
-        row = len(self.adapters)
-        if row == self._last_used_s.size:
-            self._ints = np.concatenate([self._ints, np.zeros_like(self._ints)], axis=1)
-            self._last_used_s = np.concatenate(
-                [self._last_used_s, np.zeros_like(self._last_used_s)]
-            )
-        self._ints[:, row] = (
-            adapter.order,
-            adapter.num_pages,
-            adapter.rank,
-            adapter.frequency,
-            adapter.queued,
-        )
-        self._last_used_s[row] = adapter.last_used_s
-        self.adapters.append(adapter)
-        self.total_pages += adapter.num_pages
-        adapter.row = row
-
-    def remove(self, adapter: Adapter) -> None:
-        """Drop an adapter's row, if it has one; the last row takes its place."""
-        row = adapter.row
-        if row < 0:
-            return
-        last = self.adapters.pop()
-        if last is not adapter:
-            self.adapters[row] = last
-            self._ints[:, row] = self._ints[:, len(self.adapters)]
-            self._last_used_s[row] = self._last_used_s[len(self.adapters)]
-            last.row = row
-        self.total_pages -= adapter.num_pages
-        adapter.row = -1
-
-    def set_queued(self, adapter: Adapter) -> None:
-        """Copy the adapter's count of waiting requests into its row, if it has one."""
-        if adapter.row >= 0:
-            self._ints[4, adapter.row] = adapter.queued
-
-
 class Residency:
-    """The adapter table: states, references, counters, and the pages behind them."""
+    """The adapter table: states, references, counters, and the pages behind them.
+
+    Attributes:
+      max_rank, max_num_pages: largest among the registered adapters, 0 without any.
+      pinned_pages: of all pinned adapters, on the device or not.
+      resident_pages, loading_pages: held by resident adapters and for copies to come.
+    """
 
     def __init__(self, pool: PagePool) -> None:
         self._pool = pool
         self._adapters: dict[str, Adapter] = {}
         self._pending: dict[str, Adapter] = {}
-        self.candidates = Candidates()
+        self._window = UseWindow()
+        self.candidates = Candidates(self._window)
+        self.max_rank = 0
+        self.max_num_pages = 0
+        self.pinned_pages = 0
         self.resident_pages = 0
         self.loading_pages = 0
         self.loads_in_flight = 0
@@ -175,6 +62,9 @@ class Residency:
         if uid not in self._adapters:
             order = len(self._adapters)
             self._adapters[uid] = Adapter(uid, order, rank, num_pages)
+            self._window.grow(order + 1)
+            self.max_rank = max(self.max_rank, rank)
+            self.max_num_pages = max(self.max_num_pages, num_pages)
 
     def get(self, uid: str) -> Adapter:
         """Return the adapter `uid`.
@@ -198,10 +88,20 @@ class Residency:
         return self._pool.pages_of(("adapter", uid))
 
     def pin(self, uid: str, *, pinned: bool) -> None:
-        """Exempt an adapter from eviction, or end the exemption."""
+        """Exempt an adapter from eviction, or end the exemption.
+
+        Loads nothing, but a copy that was lined up for the pin alone ends with it.
+        """
         adapter = self.get(uid)
-        adapter.pinned = pinned
-        self._place(adapter)
+        if pinned != adapter.pinned:
+            adapter.pinned = pinned
+            self.pinned_pages += adapter.num_pages if pinned else -adapter.num_pages
+            self._settle(adapter)
+
+    def advance(self, now_s: float) -> None:
+        """Move to the time of the current plan: old uses leave the window."""
+        self._window.advance(now_s)
+        self.candidates.now_s = now_s
 
     def add_queued(self, uid: str) -> None:
         """Count one more waiting request that names `uid`."""
@@ -215,11 +115,12 @@ class Residency:
         adapter.queued -= 1
         self.candidates.set_queued(adapter)
 
-    def acquire(self, adapter: Adapter) -> bool:
+    def acquire(self, adapter: Adapter, now_s: float) -> bool:
         """Add a reference and return whether it was a hit (the adapter is resident)."""
         hit = adapter.state is State.RESIDENT
         adapter.refs += 1
-        adapter.frequency += 1
+        adapter.unused = False
+        self._window.note(adapter.order, now_s)
         if hit:
             adapter.hits += 1
             self.hits += 1
@@ -233,14 +134,11 @@ class Residency:
         """Drop a reference.
 
         An idle adapter stays where it is, a load under way goes on; only a copy that
-        has not started yet is given up when nobody needs it any more.
+        has not started yet is given up when no request and no pin needs it any more.
         """
         adapter.refs -= 1
         adapter.last_used_s = now_s
-        if adapter.refs == 0 and adapter.state is State.PENDING:
-            del self._pending[adapter.uid]
-            self._leave(adapter, "load")
-        self._place(adapter)
+        self._settle(adapter)
 
     def reserve(self, adapter: Adapter) -> None:
         """Take pages for an absent adapter and line up its copy.
@@ -266,8 +164,10 @@ class Residency:
         self.loads_in_flight += 1
         return uid, self._pool.pages_of(("load", uid))
 
-    def finish_load(self, uid: str, *, failed: bool) -> None:
+    def finish_load(self, uid: str, *, failed: bool, now_s: float) -> None:
         """Make a loading adapter resident, or absent again when its copy failed.
+
+        A load counts as a use when it comes to age, or the newest would seem oldest.
 
         Raises:
           ValueError: no copy of `uid` is under way.
@@ -278,6 +178,7 @@ class Residency:
                 f"adapter uid={uid!r} is {adapter.state.value}, no load is under way"
             )
         self.loads_in_flight -= 1
+        adapter.broken = failed
         if failed:
             adapter.failures += 1
             self.failures += 1
@@ -287,7 +188,9 @@ class Residency:
             self.loading_pages -= adapter.num_pages
             self.resident_pages += adapter.num_pages
             adapter.state = State.RESIDENT
-            self._place(adapter)
+            adapter.last_used_s = now_s
+            adapter.unused = adapter.refs == 0
+            self._settle(adapter)
 
     def evict(self, adapter: Adapter) -> None:
         """Drop an eviction candidate from the device."""
@@ -303,10 +206,12 @@ class Residency:
         return AdapterStats(
             uid=uid,
             state=adapter.state.value,
+            pinned=adapter.pinned,
             rank=adapter.rank,
             num_pages=adapter.num_pages,
             running=adapter.refs,
             queued=adapter.queued,
+            frequency=int(self._window.counts[adapter.order]),
             hits=adapter.hits,
             misses=adapter.misses,
             loads=adapter.loads,
@@ -323,7 +228,8 @@ class Residency:
             count[state] += adapter.num_pages
             assert adapter.refs >= 0 and adapter.queued >= 0, f"{uid}: negative count"
             assert (uid in self._pending) == (state is State.PENDING), uid
-            assert state is not State.PENDING or adapter.refs, f"{uid}: unwanted load"
+            wanted = adapter.refs or adapter.pinned
+            assert state is not State.PENDING or wanted, f"{uid}: unwanted load"
             idle = state is State.RESIDENT and not adapter.refs and not adapter.pinned
             assert (adapter.row >= 0) == idle, f"{uid}: candidate row {adapter.row}"
             if idle:
@@ -332,22 +238,32 @@ class Residency:
                 assert table.num_pages[row] == adapter.num_pages
                 assert table.rank[row] == adapter.rank
                 assert table.queued[row] == adapter.queued
-                assert table.frequency[row] == adapter.frequency
+                assert table.order[row] == adapter.order
+                assert table.unused[row] == adapter.unused
                 assert table.last_used_s[row] == adapter.last_used_s
             if state is not State.ABSENT:
                 kind = "adapter" if state is State.RESIDENT else "load"
                 pages = self._pool.pages_of((kind, uid))
                 assert len(pages) == adapter.num_pages, f"{uid}: page count"
         assert table.total_pages == sum(a.num_pages for a in table.adapters)
+        adapters = self._adapters.values()
+        assert self.pinned_pages == sum(a.num_pages for a in adapters if a.pinned)
+        assert self.max_rank == max((a.rank for a in adapters), default=0)
+        assert self.max_num_pages == max((a.num_pages for a in adapters), default=0)
         assert self.resident_pages == count[State.RESIDENT]
         assert self.loading_pages == count[State.PENDING] + count[State.LOADING]
-        loading = [a for a in self._adapters.values() if a.state is State.LOADING]
+        loading = [a for a in adapters if a.state is State.LOADING]
         assert self.loads_in_flight == len(loading)
 
-    def _place(self, adapter: Adapter) -> None:
-        """Make an adapter a candidate exactly when it is resident, idle, unpinned."""
+    def _settle(self, adapter: Adapter) -> None:
+        """Bring lined-up copy and candidate row in step with references and pin."""
         self.candidates.remove(adapter)
-        if adapter.state is State.RESIDENT and adapter.refs == 0 and not adapter.pinned:
+        if adapter.refs or adapter.pinned:
+            return
+        if adapter.state is State.PENDING:
+            del self._pending[adapter.uid]
+            self._leave(adapter, "load")
+        elif adapter.state is State.RESIDENT:
             self.candidates.add(adapter)
 
     def _leave(self, adapter: Adapter, kind: str) -> None:

@@ -1,0 +1,160 @@
+"""Weights of registered adapters: in host memory within a budget, else on disk.
+
+Device pages hold what runs, this store what may be needed next, the disk everything. A
+uid is a content hash, so what is read again must hash to it or is refused.
+"""
+
+import concurrent.futures
+import dataclasses
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+
+from jchameleon.errors import AdapterError
+from jchameleon.lora.adapter import HostAdapter
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class HostStats:
+    """Figures of a `HostStore`; counters run since its start.
+
+    Attributes:
+      host_bytes, host_adapters: what host memory holds now.
+      host_hits: calls of `get` answered from memory.
+      disk_reads: directories that `get` read, or tried to.
+      drops: adapters dropped from memory for others.
+    """
+
+    host_bytes: int
+    host_adapters: int
+    host_hits: int
+    disk_reads: int
+    drops: int
+
+
+class HostStore:
+    """Keeps recently used adapters within a budget; safe to use from several threads.
+
+    Whoever was handed an adapter may go on using it after it was dropped here: copies
+    under way hold at most `max_loads_in_flight` adapters beyond the budget.
+    """
+
+    def __init__(self, read: Callable[[str], HostAdapter], *, budget_bytes: int):
+        """Create an empty store.
+
+        Args:
+          read: reads and checks a PEFT directory, or raises AdapterError naming it.
+          budget_bytes: of tensors kept in memory; 0 keeps none.
+        """
+        self.read = read
+        self._budget_bytes = budget_bytes
+        self._lock = threading.Lock()
+        self._paths: dict[str, tuple[str, ...]] = {}
+        self._kept: OrderedDict[str, HostAdapter] = OrderedDict()  # last used last
+        self._kept_bytes = 0
+        self._reading: dict[str, concurrent.futures.Future[HostAdapter]] = {}
+        self._host_hits = 0
+        self._disk_reads = 0
+        self._drops = 0
+
+    def put(self, adapter: HostAdapter, path: str | Path) -> None:
+        """Make an adapter known, and keep it in memory unless it exceeds the budget.
+
+        `path` is where to read it again; of several for one uid, the first that works
+        is taken.
+        """
+        place = os.path.abspath(path)  # it must outlive a change of directory
+        with self._lock:
+            known = self._paths.get(adapter.uid, ())
+            if place not in known:
+                self._paths[adapter.uid] = (*known, place)
+            self._keep(adapter)
+
+    def get(self, uid: str) -> HostAdapter:
+        """Return an adapter that was `put`, from memory or else from disk.
+
+        Threads that ask for the same absent adapter share one read; reads of different
+        adapters do not wait for each other, nor does anything in memory wait for them.
+
+        Raises:
+          AdapterError: no path leads to this content any more; names paths and reasons.
+          KeyError: the uid was never put.
+        """
+        with self._lock:
+            adapter = self._kept.get(uid)
+            if adapter is not None:
+                self._kept.move_to_end(uid)
+                self._host_hits += 1
+                return adapter
+            under_way = self._reading.get(uid)
+            if under_way is None:
+                paths = self._paths[uid]
+                own: concurrent.futures.Future[HostAdapter] = (
+                    concurrent.futures.Future()
+                )
+                self._reading[uid] = own
+        if under_way is not None:
+            return under_way.result()
+        try:
+            adapter = self._read_any(uid, paths)
+        except BaseException as error:
+            with self._lock:
+                del self._reading[uid]
+            own.set_exception(error)
+            raise
+        with self._lock:
+            del self._reading[uid]
+            self._keep(adapter)
+        own.set_result(adapter)
+        return adapter
+
+    def holds(self, uid: str) -> bool:
+        """Return whether an adapter is in memory; that is no use of it."""
+        with self._lock:
+            return uid in self._kept
+
+    def stats(self) -> HostStats:
+        """Return the figures of this moment."""
+        with self._lock:
+            return HostStats(
+                host_bytes=self._kept_bytes,
+                host_adapters=len(self._kept),
+                host_hits=self._host_hits,
+                disk_reads=self._disk_reads,
+                drops=self._drops,
+            )
+
+    def _keep(self, adapter: HostAdapter) -> None:
+        """Put an adapter last in line, dropping from the front; the lock is held."""
+        if adapter.uid in self._kept:
+            self._kept.move_to_end(adapter.uid)
+            return
+        if adapter.num_bytes > self._budget_bytes:
+            return  # it would drop everything and still not fit
+        while self._kept_bytes + adapter.num_bytes > self._budget_bytes:
+            _, dropped = self._kept.popitem(last=False)
+            self._kept_bytes -= dropped.num_bytes
+            self._drops += 1
+        self._kept[adapter.uid] = adapter
+        self._kept_bytes += adapter.num_bytes
+
+    def _read_any(self, uid: str, paths: tuple[str, ...]) -> HostAdapter:
+        reasons = []
+        for path in paths:
+            with self._lock:
+                self._disk_reads += 1
+            try:
+                adapter = self.read(path)
+            except AdapterError as error:
+                reasons.append(str(error))
+                continue
+            if adapter.uid == uid:
+                return adapter
+            reasons.append(
+                f"adapter {path!r} has content {adapter.uid[:12]}, registered was "
+                f"{uid[:12]}: files of a registered adapter must not change; register "
+                "new content under a new name"
+            )
+        raise AdapterError("; ".join(reasons))

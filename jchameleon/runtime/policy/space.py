@@ -1,0 +1,189 @@
+"""The device's space: KV pages and adapters in one pool, each making room for others.
+
+Brings pool, adapter table and eviction policy together. Whoever needs pages asks here;
+idle adapters are evicted by exactly as much as is needed (Chameleon, section 4.2).
+"""
+
+import numpy as np
+
+from jchameleon.runtime.policy.blame import blaming
+from jchameleon.runtime.policy.candidates import Adapter, State
+from jchameleon.runtime.policy.eviction import EvictionPolicy, choose_victims
+from jchameleon.runtime.policy.plan import Load
+from jchameleon.runtime.policy.pool import PagePool
+from jchameleon.runtime.policy.residency import Residency
+from jchameleon.runtime.policy.rows import Row
+
+
+class Space:
+    """Hands out pages, evicts idle adapters, starts loads.
+
+    Attributes:
+      kv_pages: pages of all running requests.
+    """
+
+    def __init__(
+        self, pool: PagePool, residency: Residency, eviction: EvictionPolicy
+    ) -> None:
+        self._pool = pool
+        self._residency = residency
+        self._eviction = eviction
+        self._used = getattr(eviction, "used", None)
+        self._evicted = getattr(eviction, "evicted", None)
+        self._expired = getattr(eviction, "expired", None)
+        # Pinned adapters whose pages are not to be had yet, in the order of their pins.
+        self._wanted: dict[str, None] = {}
+        self._load_started_s: dict[str, float] = {}
+        self._link_free_s = 0.0
+        self.kv_pages = 0
+
+    def can_free(self, pages: int) -> bool:
+        """Return whether so many pages are free or held by idle adapters."""
+        spare = self._pool.free_pages + self._residency.candidates.total_pages
+        return pages <= spare
+
+    def spare_pages(self, kv_pages: int, adapter: Adapter | None) -> int:
+        """Return the pages left after `kv_pages` and an adapter; negative: lacking."""
+        spare = self._pool.free_pages + self._residency.candidates.total_pages
+        if adapter is not None and (adapter.state is State.ABSENT or adapter.row >= 0):
+            # It must be loaded, or it is idle and this request needs it to stay.
+            spare -= adapter.num_pages
+        return spare - kv_pages
+
+    def free(self, pages: int) -> list[str]:
+        """Evict idle adapters until `pages` are free; return the uids that left."""
+        short = pages - self._pool.free_pages
+        if short <= 0:
+            return []
+        gone = []
+        with blaming("eviction", self._eviction):
+            victims = choose_victims(self._eviction, self._residency.candidates, short)
+            for adapter, score in victims:
+                self._residency.evict(adapter)
+                gone.append(adapter.uid)
+                if self._evicted is not None:
+                    self._evicted(adapter.order, score)
+        return gone
+
+    def drop_expired(self) -> list[str]:
+        """Evict what the policy no longer wants although nobody needs its pages."""
+        table = self._residency.candidates
+        if self._expired is None or not len(table):
+            return []
+        with blaming("eviction", self._eviction) as blame:
+            mask = np.asarray(self._expired(table))
+            if mask.shape != (len(table),) or mask.dtype != bool:
+                blame(
+                    f"answered expired() with {mask.dtype}{list(mask.shape)}, must be "
+                    f"bool[{len(table)}]"
+                )
+            rows = np.flatnonzero(mask)
+            gone = [table.adapters[row] for row in rows[np.argsort(table.order[rows])]]
+        for adapter in gone:
+            self._residency.evict(adapter)
+        return [adapter.uid for adapter in gone]
+
+    def place(self, row: Row) -> tuple[tuple[int, ...], list[str]]:
+        """Take the pages of a row and of its absent adapter, which it has acquired.
+
+        Returns:
+          its KV pages, and the uids of adapters evicted for all of it.
+        """
+        adapter = row.adapter
+        loads = adapter is not None and adapter.state is State.ABSENT
+        evicted = self.free(
+            row.kv_pages + (adapter.num_pages if loads and adapter else 0)
+        )
+        pages = self._pool.reserve(("kv", row.request.request_id), row.kv_pages)
+        self.kv_pages += row.kv_pages
+        if adapter is not None and loads:
+            self._residency.reserve(adapter)
+        # After the evictions for it: GDSF takes it in at the clock that they set.
+        if adapter is not None and self._used is not None:
+            with blaming("eviction", self._eviction):
+                self._used(adapter.order)
+        return pages, evicted
+
+    def extend(self, row: Row) -> tuple[int, ...]:
+        """Give one more free page to a running row."""
+        pages = self._pool.extend(("kv", row.request.request_id), 1)
+        row.kv_pages += 1
+        self.kv_pages += 1
+        return pages
+
+    def give_back(self, row: Row, now_s: float) -> None:
+        """Take back a running row's pages and its reference to its adapter."""
+        self.kv_pages -= self._pool.free(("kv", row.request.request_id))
+        if row.adapter is not None:
+            self._residency.release(row.adapter, now_s)
+
+    def freed_by(self, rows: list[Row]) -> int:
+        """Return the pages that would be free or evictable if `rows` stopped."""
+        pages = sum(row.kv_pages for row in rows)
+        refs: dict[str, int] = {}
+        for row in rows:
+            if row.adapter is not None:
+                uid = row.adapter.uid
+                refs[uid] = refs.get(uid, 0) + 1
+                if refs[uid] == row.adapter.refs and not row.adapter.pinned:
+                    pages += row.adapter.num_pages
+        return pages
+
+    def want(self, uid: str, *, wanted: bool) -> None:
+        """Load a pinned adapter as soon as there is room, or no longer."""
+        if wanted:
+            self._wanted[uid] = None
+        else:
+            self._wanted.pop(uid, None)
+
+    def start_loads(self, limit: int, evicted: list[str]) -> list[Load]:
+        """Start lined-up copies while fewer than `limit` are under way.
+
+        Pinned adapters join the line when their pages are to be had; the uids evicted
+        for them are appended to `evicted`.
+        """
+        for uid in list(self._wanted):
+            adapter = self._residency.get(uid)
+            if adapter.state is State.ABSENT:
+                if not self.can_free(adapter.num_pages):
+                    continue
+                evicted += self.free(adapter.num_pages)
+                self._residency.reserve(adapter)
+            del self._wanted[uid]
+        loads = []
+        while self._residency.loads_in_flight < limit:
+            started = self._residency.start_next_load()
+            if started is None:
+                break
+            loads.append(Load(*started))
+        return loads
+
+    def prefetch(self, uid: str) -> Load | None:
+        """Start to load an absent adapter into free pages; None where that is not so.
+
+        One whose last load failed is left to the next request for it.
+
+        Raises:
+          ValueError: it was never registered.
+        """
+        adapter = self._residency.get(uid)
+        if adapter.state is not State.ABSENT or adapter.broken:
+            return None
+        if adapter.num_pages > self._pool.free_pages:
+            return None
+        self._residency.reserve(adapter)
+        started = self._residency.start_next_load()
+        assert started is not None and started[0] == uid, "the line was empty"
+        return Load(*started)
+
+    def note_load(self, uid: str, now_s: float) -> None:
+        """Remember when a copy was handed to the link."""
+        self._load_started_s[uid] = now_s
+
+    def load_done(self, uid: str, now_s: float) -> float:
+        """Return when the link was free for a copy that ended now."""
+        # Copies share one link: each is timed from the end of the one before it.
+        started_s = self._load_started_s.pop(uid, now_s)
+        started_s = min(max(started_s, self._link_free_s), now_s)
+        self._link_free_s = now_s
+        return started_s
