@@ -1,7 +1,7 @@
 # Every target makes what it needs: a virtual environment of its own, rebuilt when
 # pyproject.toml changes. Set PYTHON to use another interpreter.
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format smoke-py312 clean
+.PHONY: help demo test lint format smoke-py312 bench-planner experiments clean
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 
@@ -28,12 +28,14 @@ define make_venv
 endef
 
 help:
-	@echo "make demo         one model answers through several LoRA adapters in one batch"
-	@echo "make test         all tests (Python 3.11 also runs the parity tests)"
-	@echo "make lint         ruff and mypy"
-	@echo "make format       rewrite the sources as the linter wants them"
-	@echo "make smoke-py312  a short run on Python 3.12, without torch"
-	@echo "make clean        remove environments, caches and built files"
+	@echo "make demo           one model answers through several LoRA adapters in one batch"
+	@echo "make test           all tests (Python 3.11 also runs the parity tests)"
+	@echo "make lint           ruff and mypy"
+	@echo "make format         rewrite the sources as the linter wants them"
+	@echo "make smoke-py312    a short run on Python 3.12, without torch"
+	@echo "make bench-planner  the planner against its bars (3 minutes, idle machine)"
+	@echo "make experiments    policy presets on the real engine (90 minutes, idle machine)"
+	@echo "make clean          remove environments, caches and built files"
 
 .venv-demo/.ready: pyproject.toml
 	$(call make_venv,$(PYTHON),.venv-demo,.)
@@ -63,6 +65,19 @@ smoke-py312: .venv-py312/.ready
 	@.venv-py312/bin/jchameleon --version
 	@.venv-py312/bin/jchameleon generate --model tiny --prompt "Hello" --max-tokens 8
 	@.venv-py312/bin/python -m pytest --quiet $(PYTEST_ARGS) $(SMOKE_TESTS)
+
+bench-planner: .venv-test/.ready
+	@mkdir -p build
+	@.venv-test/bin/python tools/bench_planner.py --json build/bench_planner.json
+
+# Both keep what is finished and go on when called again. TRACE is a CSV file of request
+# lengths; without it they are drawn from a distribution like that of a known trace.
+experiments: .venv-test/.ready
+	@mkdir -p build
+	@.venv-test/bin/python tools/exp_policies.py --model tiny \
+		$(if $(TRACE),--trace $(TRACE)) --json build/exp_tiny.json
+	@.venv-test/bin/python tools/exp_policies.py --model smollm2-135m \
+		$(if $(TRACE),--trace $(TRACE)) --json build/exp_smollm2.json
 
 clean:
 	rm -rf .venv-demo .venv-test .venv-py312 build dist

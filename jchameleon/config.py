@@ -232,11 +232,11 @@ class EngineConfig:
             "host_cache_bytes",
         ):
             value = getattr(self, field)
-            if not isinstance(value, int) or value <= 0:
+            if type(value) is not int or value <= 0:
                 raise ConfigError(f"{field}={value!r} must be a positive integer")
         for field in ("max_model_len", "pool_bytes"):
             value = getattr(self, field)
-            if value is not None and (not isinstance(value, int) or value <= 0):
+            if value is not None and (type(value) is not int or value <= 0):
                 raise ConfigError(f"{field}={value!r} must be a positive integer")
         if self.kv_block_tokens & (self.kv_block_tokens - 1):
             raise ConfigError(
@@ -328,25 +328,34 @@ def nearest(name: object, known: Iterable[str]) -> str:
 
 
 def is_number(value: object) -> bool:
-    """Return whether `value` is a finite int or float, and no bool."""
+    """Return whether `value` is an int or float below 1e100 in size, and no bool.
+
+    Beyond that nothing is meant, and sums and inverses of such values overflow.
+    """
     return (
         isinstance(value, int | float)
         and not isinstance(value, bool)
-        and math.isfinite(value)
+        and abs(value) < 1e100
     )
 
 
 def plain_table(table: Mapping[Any, Any]) -> dict[Any, Any]:
-    """Return a copy made of dicts and lists as far as mappings and sequences nest."""
+    """Return a copy made of dicts and lists as far as mappings and sequences nest.
 
-    def plain(value: Any) -> Any:
+    Raises:
+      ConfigError: it nests deeper than 20 levels, as one that holds itself does.
+    """
+
+    def plain(value: Any, depth: int) -> Any:
+        if depth > 20:
+            raise ConfigError("a table must not nest deeper than 20 levels")
         if isinstance(value, Mapping):
-            return plain_table(value)
-        return (
-            [plain(one) for one in value] if isinstance(value, list | tuple) else value
-        )
+            return {key: plain(one, depth + 1) for key, one in value.items()}
+        if isinstance(value, list | tuple):
+            return [plain(one, depth + 1) for one in value]
+        return value
 
-    return {key: plain(value) for key, value in table.items()}
+    return plain(table, 0)
 
 
 def load_toml(path: Path) -> dict[str, Any]:
@@ -357,8 +366,9 @@ def load_toml(path: Path) -> dict[str, Any]:
     """
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ConfigError(f"cannot read config {path}: {error}") from error
+    # ValueError: a path with a null character, bytes that are not UTF-8, no TOML.
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot read config {str(path)!r}: {error}") from error
 
 
 def preset_names() -> list[str]:

@@ -61,7 +61,8 @@ class AdapterInfo:
       resident: it is on the device.
       in_host_memory: its weights need not be read from disk for the next load.
       pinned: it is kept there.
-      hits, misses: requests that found it resident at admission, or did not.
+      hits, misses: admissions that found it resident, or did not; a request that was
+        squashed is admitted again.
       loads, evictions: copies to the device, and removals.
       load_failures: loads that failed; requests for it failed with them.
     """

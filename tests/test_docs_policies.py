@@ -9,9 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from random_adapters import write_random_adapter
 
-from jchameleon.config import ModelConfig
 from jchameleon.errors import ConfigError
 from jchameleon.runtime.policy.admission import Fifo
 from jchameleon.runtime.policy.events import (
@@ -72,6 +70,7 @@ def test_every_code_block_is_run_here():
         "inline.py",
         "my_policies.py",
         "try_it.py",
+        "write_adapters.py",
         "reload_cost.py",
     }
 
@@ -213,15 +212,7 @@ def test_adapters_kept_long_enough_leave_unasked(folder):
 
 
 def test_engine_evicts_by_the_page_s_policy(folder, capsys):
-    model = ModelConfig.preset("tiny")
-    for seed, name in enumerate(("often", "once", "new")):
-        write_random_adapter(
-            folder / "adapters" / name,
-            model,
-            rank=64,
-            targets=["q", "k", "v", "o"],
-            seed=seed,
-        )
+    runpy.run_path("write_adapters.py")
     left = runpy.run_path("reload_cost.py")["left"]
     assert left == {"often": 0, "once": 1, "new": 0}
     printed = re.search(r"print\(left\)  # (\{.*?\})", PAGE)[1]

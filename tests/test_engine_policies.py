@@ -9,7 +9,12 @@ import pytest
 from random_adapters import write_random_adapter
 
 from jchameleon.config import ModelConfig
-from jchameleon.errors import CapacityError, ConfigError, UnknownAdapterError
+from jchameleon.errors import (
+    CapacityError,
+    ConfigError,
+    EngineDeadError,
+    UnknownAdapterError,
+)
 from jchameleon.llm import LLM
 from jchameleon.runtime.outbox import Delta, Outbox
 from jchameleon.runtime.policy.presets import policy_preset_names
@@ -224,7 +229,7 @@ def test_pinned_adapter_is_loaded_and_stays_while_others_come_and_go(adapter_dir
         run(llm, asked)
         (pinned,) = [info for info in llm.list_adapters() if info.pinned]
         assert pinned.name == "a2" and pinned.resident
-        assert pinned.evictions == 0 and pinned.loads == 1 and pinned.misses == 0
+        assert pinned.evictions == 0 and pinned.loads == 1
         assert llm.stats().evictions > 0
         llm.unpin_adapter("a2")
         run(llm, asked)
@@ -237,13 +242,93 @@ def test_pin_that_would_leave_no_room_is_refused_with_the_numbers(adapter_dirs):
     with LLM("tiny", adapters=adapter_dirs, pool_bytes=48 * PAGE_BYTES, **SMALL) as llm:
         pages = llm.stats().total_pages
         names = [info.name for info in llm.list_adapters()]
-        with pytest.raises(CapacityError, match=f"from the pool of {pages}, and a req"):
+        with pytest.raises(CapacityError, match=f"of the pool's {pages}, and a req"):
             for name in names:
                 llm.pin_adapter(name)
         assert any(info.pinned for info in llm.list_adapters())
         for name in names:
             llm.unpin_adapter(name)
         run(llm, requests_of(3, seed=4))
+
+
+def test_two_pins_at_once_leave_room_for_what_waits(adapter_dirs):
+    # Each fits beside the waiting request, both do not.
+    with LLM("tiny", adapters=adapter_dirs, pool_bytes=62 * PAGE_BYTES, **SMALL) as llm:
+        prompts, _, _ = requests_of(8, seed=6)
+        long = SamplingParams(max_tokens=120, ignore_eos=True)
+        stream = llm.stream([[1] * 128] * 12, sampling=long)
+        next(stream)
+        errors = []
+
+        def pin(name):
+            try:
+                llm.pin_adapter(name)
+            except CapacityError as error:
+                errors.append(error)
+
+        def both():
+            # On the engine thread nothing happens between the two.
+            pin("a2")  # 32 of 60 pages
+            pin("a3")  # 16: 12 are left, and each request needs 16
+
+        llm.engine.on_engine_thread(both)
+        reasons = [delta.finish_reason for delta in stream if delta.finish_reason]
+        assert len(errors) == 1 and reasons == ["length"] * 12
+        assert prompts
+
+
+def test_unknown_uids_are_refused_at_the_door(adapter_dirs):
+    with LLM("tiny", adapters=adapter_dirs, **SMALL) as llm:
+        for pinned in (True, False):
+            with pytest.raises(UnknownAdapterError, match="uid 'nope'"):
+                llm.engine.pin_adapter("nope", pinned=pinned)
+        with pytest.raises(UnknownAdapterError, match="uid 'nope'"):
+            llm.engine.prepare(
+                "r", [1], SamplingParams(), adapter_uid="nope", outbox=Outbox()
+            )
+        run(llm, requests_of(3, seed=4))
+
+
+def test_cancel_beside_an_arrival_that_no_longer_fits_disturbs_nobody(adapter_dirs):
+    with LLM("tiny", adapters=adapter_dirs, pool_bytes=48 * PAGE_BYTES, **SMALL) as llm:
+        outbox = Outbox()
+        sampling = SamplingParams(max_tokens=100)
+        engine = llm.engine
+        submission = engine.prepare(
+            "x", [1] * 150, sampling, adapter_uid=None, outbox=outbox
+        )
+        llm.pin_adapter("a2")  # 32 of 46 pages; x needs 16
+
+        def together():
+            engine.submit(submission)
+            engine.cancel("x")
+
+        engine.on_engine_thread(together)
+        _, delta = outbox.get(timeout_s=30)
+        assert delta.finish_reason == "aborted"
+        run(llm, requests_of(3, seed=4))
+
+
+def test_engine_that_waits_for_a_load_does_not_plan_meanwhile(adapter_dirs, tmp_path):
+    log = tmp_path / "plans.gz"
+    link = {"link_bytes_per_s": 1e9, "link_latency_s": 0.5}
+    with LLM("tiny", adapters=adapter_dirs, plan_log=log, **link, **SMALL) as llm:
+        sampling = SamplingParams(max_tokens=2)
+        (output,) = llm.generate([[1, 2]], adapters="a0", sampling=sampling)
+        assert output.timing.adapter_load_s >= 0.5
+        assert llm.stats().emulated_link is not None
+    assert replay(log).iterations < 15
+
+
+def test_closed_engine_registers_nothing_more(adapter_dirs):
+    dirs = dict(adapter_dirs)
+    late = dirs.pop("a0")
+    llm = LLM("tiny", adapters=dirs, **SMALL)
+    llm.close()
+    with pytest.raises(EngineDeadError):
+        llm.add_adapter("a0", late)
+    with pytest.raises(UnknownAdapterError, match="unknown adapter 'a0'"):
+        llm._registry.resolve("a0")
 
 
 @dataclasses.dataclass

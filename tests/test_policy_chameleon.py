@@ -942,11 +942,15 @@ def test_a_stream_of_small_requests_overtakes_large_ones_up_to_the_bound(most):
 @pytest.mark.parametrize(
     ("option", "value", "rule"),
     [
-        ("slo_s", 0, "slo_s=0 must be above 0 seconds"),
-        ("slo_s", -1.0, "slo_s=-1.0 must be above 0 seconds"),
-        ("slo_s", math.nan, "slo_s=nan must be above 0 seconds"),
-        ("refresh_s", 0, "refresh_s=0 must be above 0 seconds"),
-        ("first_refresh_s", -1, "first_refresh_s=-1 must be 0 seconds or more"),
+        ("slo_s", 0, "slo_s=0 must be a finite number of seconds, above 1e-6"),
+        ("slo_s", -1.0, "slo_s=-1.0 must be a finite number of seconds, above 1e-6"),
+        ("slo_s", math.nan, "slo_s=nan must be a finite number of seconds, above 1e-6"),
+        ("refresh_s", 0, "refresh_s=0 must be a finite number of seconds above 0"),
+        (
+            "first_refresh_s",
+            -1,
+            "first_refresh_s=-1 must be a finite number of seconds, 0 or more",
+        ),
         ("min_samples", 0, "min_samples=0 must be a positive integer"),
         ("window_requests", 5000, "window_requests=5000 must be an integer, 1 to 1024"),
         ("max_lanes", 2.0, "max_lanes=2.0 must be an integer, 1 to 16"),

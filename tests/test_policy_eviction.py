@@ -93,9 +93,21 @@ def test_equal_scores_go_in_registration_order_whatever_the_rows():
 
 
 def test_score_decides_not_last_use():
-    table = table_of([("a", 2, 1.0, 0), ("b", 2, 9.0, 0)])
-    table.rank[:] = [64, 8]
+    table = Candidates(UseWindow())
+    table.add(Adapter("a", 0, 64, 2, last_used_s=1.0))
+    table.add(Adapter("b", 1, 8, 2, last_used_s=9.0))
     assert uids(choose_victims(ByRank(), table, 2)) == ["b"]
+
+
+def test_columns_cannot_be_written_by_a_policy():
+    table = table_of([("a", 2, 1.0, 0)])
+    for name in ("order", "num_pages", "rank", "queued", "last_used_s", "unused"):
+        column = getattr(table, name)
+        with pytest.raises(ValueError, match="read-only"):
+            column -= 1 if name != "unused" else True
+    table.frequency[0] = 5  # these are copies
+    table.load_s[0] = 5
+    assert table.frequency[0] == 0
 
 
 def test_infinite_scores_are_ordered_like_others():

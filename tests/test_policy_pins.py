@@ -1,10 +1,14 @@
 """Pinned adapters: loaded when there is room, never evicted, never in anyone's way."""
 
+import dataclasses
+
 import pytest
 from planner_driver import CONFIG, Driver, planner_of, request_of
 
 from jchameleon.errors import PolicyError
 from jchameleon.runtime.policy.admission import Fifo
+from jchameleon.runtime.policy.events import AdapterPinned, AdapterRegistered
+from jchameleon.runtime.policy.predictor import MaxTokens
 
 
 def pinning_driver(**adapters):
@@ -89,19 +93,62 @@ def test_request_that_cannot_fit_beside_pins_is_refused_with_their_pages():
     assert [request_id for request_id, _ in driver.tick().failed] == ["huge"]
 
 
+def test_pages_of_a_pinned_adapter_are_held_back_from_later_admissions():
+    driver = pinning_driver(a=20)
+    for i in range(12):
+        driver.arrive(request_of(f"r{i}", 40, 30))  # 5 pages each, 8 at once
+    driver.tick()
+    driver.pin("a")
+    meanwhile = []
+    while "a" not in driver.resident:
+        meanwhile += driver.tick().admitted
+    # When 27 pages came free at once, one could start beside its 20.
+    assert len(meanwhile) <= 1 and len(driver.outcome) < 12
+    driver.drain(200)
+
+
+def test_row_that_outgrows_is_not_held_back_by_a_pin():
+    config = dataclasses.replace(CONFIG, num_pages=12, kv_reserve="predicted")
+
+    class One(MaxTokens):
+        def predict(self, request):
+            return 1
+
+    driver = Driver(planner_of(config, predictor=One()))
+    driver.register("a", 5)
+    driver.arrive(request_of("r", 90, 60))  # 6 pages now, 10 in the end
+    driver.tick()
+    driver.pin("a")
+    driver.drain(100)
+    assert driver.outcome == {"r": "finished"}
+    driver.tick()
+    driver.tick()
+    assert "a" in driver.resident
+
+
+def test_decisions_since_the_last_plan_count_for_a_pin():
+    planner = pinning_driver(a=20, b=20, c=20).planner
+    planner.plan(0.0, [AdapterRegistered(uid, 8, 20) for uid in "abc"])
+    assert planner.why_not_pin("b", {}) is None
+    assert "keep 40 pages of the pool's 32" in planner.why_not_pin("b", {"a": True})
+    planner.plan(0.1, [AdapterPinned("a", True)])
+    assert planner.why_not_pin("b", {}) is not None
+    assert planner.why_not_pin("b", {"a": False}) is None
+
+
 def test_pin_that_would_strand_an_accepted_request_is_refused_with_numbers():
     driver = pinning_driver(a=10, b=10)
     driver.arrive(request_of("big", 16 * 20, 17, "b"))  # 21 KV pages and 10
     driver.tick()
-    reason = driver.planner.why_not_pin("a")
-    assert "keep 10 pages from the pool of 32, and a request needs 31" in reason
-    assert driver.planner.why_not_pin("b") is None, "its own adapter may be pinned"
+    reason = driver.planner.why_not_pin("a", {})
+    assert "keep 10 pages of the pool's 32, and a request needs 31" in reason
+    assert driver.planner.why_not_pin("b", {}) is None, "its own adapter may be pinned"
     driver.drain(60)
     driver.tick()
-    assert driver.planner.why_not_pin("a") is None
+    assert driver.planner.why_not_pin("a", {}) is None
     assert not driver.planner.is_pinned("a")
     with pytest.raises(ValueError, match="never registered"):
-        driver.planner.why_not_pin("c")
+        driver.planner.why_not_pin("c", {})
     assert not driver.planner.is_pinned("c")
 
 
@@ -122,6 +169,95 @@ def test_policy_that_raises_is_named(kind):
     with pytest.raises(PolicyError, match=named):
         driver.tick()
         driver.drain(10)
+
+
+class Chatty:
+    """Do what the protocol rules out, one thing at a time."""
+
+    def __init__(self, deed):
+        self.deed = deed
+
+    def admit(self, view):
+        requests = list(view.waiting)
+        if len(requests) == 2:
+            self.deed(view, *requests)
+
+
+def squash_and_reject(view, first, second):
+    view.try_admit(first)
+    view.reject(second, "no")
+    view.try_admit(second)
+
+
+DEEDS = {
+    "was rejected": squash_and_reject,
+    "cannot pass itself": lambda v, a, b: v.try_admit(a, passing=a),
+    "does not wait": lambda v, a, b: v.try_admit(a) and v.try_admit(b, passing=a),
+    "must both be there": lambda v, a, b: v.try_admit(a, lane=1),
+    "lane 0 or above": lambda v, a, b: v.try_admit(a, lane=-1, wrs=0.5),
+    "cannot be interpreted": lambda v, a, b: v.try_admit(a, lane=0.5, wrs=0.5),
+    "must be a text": lambda v, a, b: v.reject(a, None),
+}
+
+
+@pytest.mark.parametrize("message", DEEDS)
+def test_admission_that_does_what_is_ruled_out_is_named(message):
+    driver = Driver(planner_of(admission=Chatty(DEEDS[message])))
+    driver.arrive(request_of("a"))
+    driver.arrive(request_of("b"))
+    with pytest.raises(PolicyError, match=f"admission policy .*Chatty .*{message}"):
+        driver.tick()
+
+
+def test_request_squashed_and_rejected_in_one_call_names_the_policy():
+    class Fickle:
+        def admit(self, view):
+            for request in view.running:
+                assert view.squash(request, "on second thoughts")
+                view.reject(request, "no")
+            for request in view.waiting:
+                view.try_admit(request)
+
+    driver = Driver(planner_of(admission=Fickle()))
+    driver.arrive(request_of("a"))
+    driver.tick()
+    with pytest.raises(PolicyError, match="was squashed just now"):
+        driver.tick()
+
+
+def test_admission_may_squash_while_it_looks_at_what_runs():
+    class Restless(Fifo):
+        def admit(self, view):
+            if view.now_s == 0.03:
+                assert [view.squash(r, "restless") for r in view.running] == [True] * 3
+            super().admit(view)
+
+    driver = Driver(planner_of(admission=Restless()))
+    for name in "abc":
+        driver.arrive(request_of(name))
+    driver.drain(40)
+    assert driver.squashes == {"a": 1, "b": 1, "c": 1}
+    assert set(driver.outcome.values()) == {"finished"}
+
+
+def test_lanes_that_are_none_name_the_policy():
+    class Odd(Fifo):
+        def lanes(self):
+            return [1, 2]
+
+    driver = Driver(planner_of())
+    driver.planner._admission = Odd()
+    with pytest.raises(PolicyError, match="Odd answered lanes"):
+        driver.planner.books()
+
+
+def test_error_of_a_policy_is_one_line():
+    class Poet(Fifo):
+        def admit(self, view):
+            raise RuntimeError("line one\nline two")
+
+    with pytest.raises(PolicyError, match="RuntimeError: line one line two$"):
+        planner_of(admission=Poet()).plan(0.0, [])
 
 
 class NotANumber:

@@ -165,7 +165,7 @@ def test_resolved_policies_do_not_change_with_what_they_came_from():
         ("zzz", "^policy='zzz' is no preset; presets are adaptive, .*, sjf; or give"),
         ("", "^policy='' is no preset"),
         ("../policies/lru", "is no preset"),
-        ("no/such.toml", "cannot read config no/such.toml"),
+        ("no/such.toml", "cannot read config 'no/such.toml'"),
         ({"preset": "chamelion"}, "preset='chamelion' is no preset; did you mean 'cha"),
         ({"preset": "own.toml"}, "preset='own.toml' is no preset"),
         ({"preset": 3}, "preset=3 must be a string"),

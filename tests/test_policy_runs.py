@@ -106,10 +106,10 @@ class Run(RuleBasedStateMachine):
 
     @rule(uid=st.sampled_from(["a", "b"]), pinned=st.booleans())
     def pin(self, uid, pinned):
-        if not pinned or self.driver.planner.why_not_pin(uid) is None:
+        if not pinned or self.driver.planner.why_not_pin(uid, {}) is None:
             # Arrivals that the planner has not seen yet might not fit beside it.
             self.tick()
-            if not pinned or self.driver.planner.why_not_pin(uid) is None:
+            if not pinned or self.driver.planner.why_not_pin(uid, {}) is None:
                 self.driver.pin(uid, pinned)
                 self.tick()
 

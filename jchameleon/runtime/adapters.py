@@ -7,7 +7,6 @@ uid, so a name can never lead to the wrong weights. Weights live in the host sto
 import threading
 from pathlib import Path
 
-from jchameleon.config import RESERVED_PAGES
 from jchameleon.errors import (
     AdapterConflictError,
     AdapterError,
@@ -116,8 +115,8 @@ def check_fits(adapter: AdapterCard, layout: ChunkLayout, planner: Planner) -> i
     """
     layout.check_targets(adapter)
     pages = layout.num_pages(adapter.rank)
-    if planner.can_ever_fit(1, 1, pages) is not None:
-        usable = planner.config.num_pages - RESERVED_PAGES
+    usable = planner.config.usable_pages
+    if pages + 1 > usable:
         raise CapacityError(
             f"adapter {adapter.source!r} of rank {adapter.rank} takes {pages} pages, "
             f"a request one more at least, the pool has {usable}: enlarge pool_bytes"

@@ -12,6 +12,7 @@ import collections
 import contextlib
 import dataclasses
 import logging
+import math
 import queue
 import threading
 import time
@@ -26,6 +27,7 @@ from jchameleon.errors import (
     EngineDeadError,
     InvalidRequestError,
     QueueFullError,
+    UnknownAdapterError,
 )
 from jchameleon.lora.adapter import AdapterCard, HostAdapter
 from jchameleon.models.tokenizer import Tokenizer
@@ -116,7 +118,7 @@ class Engine:
             maxlen=RECORDED_STEPS
         )
         self._questions: collections.deque[Question] = collections.deque()
-        self._next_events: list[Event] = []
+        self._next_events: list[AdapterPinned] = []
         self._ids_lock = threading.Lock()
         self._open_ids: set[str] = set()
         self._closing = False
@@ -134,7 +136,9 @@ class Engine:
         Raises:
           AdapterError: it touches projections outside the engine's lora_targets.
           CapacityError: it can never fit in the pool.
+          EngineDeadError: the engine has stopped.
         """
+        self._check_alive()
         pages = check_fits(adapter, self._executor.layout, self._planner)
         self._adapters.setdefault(adapter.uid, adapter)
         self._inbox.put(AdapterRegistered(adapter.uid, adapter.rank, pages))
@@ -152,6 +156,7 @@ class Engine:
 
         Raises:
           InvalidRequestError: id, prompt or sampling is outside the engine's limits.
+          UnknownAdapterError: no adapter with this uid is registered.
           CapacityError: it can never fit in the pool.
         """
         check_request_id(request_id)
@@ -165,6 +170,7 @@ class Engine:
         )
         pages, pinned = 0, False
         if adapter_uid is not None:
+            self._check_registered(adapter_uid)
             rank = self._adapters[adapter_uid].rank
             pages = self._executor.layout.num_pages(rank)
             pinned = self._planner.is_pinned(adapter_uid)
@@ -218,11 +224,15 @@ class Engine:
         """Keep a registered adapter on the device from now on, or no longer.
 
         Raises:
+          UnknownAdapterError: no such adapter is registered.
           CapacityError: an accepted request could not run beside it any more.
         """
+        self._check_registered(uid)
 
         def decide() -> None:
-            reason = self._planner.why_not_pin(uid) if pinned else None
+            # Others may have been decided since the last plan.
+            pins = {e.uid: e.pinned for e in self._next_events}
+            reason = self._planner.why_not_pin(uid, pins) if pinned else None
             if reason is not None:
                 raise CapacityError(f"adapter {uid[:12]} cannot be pinned: {reason}")
             self._next_events.append(AdapterPinned(uid, pinned))
@@ -280,7 +290,8 @@ class Engine:
         self._apply(plan, start_s)
         while self._questions:  # after the plan: the books are settled now
             self._questions.popleft().answer()
-        caused, self._next_events = self._next_events, []
+        caused: list[Event] = [*self._next_events]
+        self._next_events = []
         if plan.prefill or plan.decode:
             caused.append(self._step(plan))
         return caused
@@ -303,18 +314,24 @@ class Engine:
     def _receive(self, *, block: bool) -> list[Event]:
         events: list[Event] = []
         idle_wait = IDLE_TICK_S if self._planner.watches_the_clock else None
-        if self._loads.in_flight:
-            idle_wait = LOAD_POLL_S
+        tick_s = math.inf if idle_wait is None else time.monotonic() + idle_wait
         while True:
+            wait = block and not events and not self._closing
             try:
-                wait = block and not events and not self._closing
-                message = self._inbox.get(wait, idle_wait if wait else None)
+                poll_s = LOAD_POLL_S if self._loads.in_flight else idle_wait
+                message = self._inbox.get(wait, poll_s if wait else None)
             except queue.Empty:
-                return events
+                if not wait:
+                    return events
+                events += self._loads.finish()
+                if events or time.monotonic() >= tick_s:
+                    return events
+                continue
+            if message is None:  # a load may have arrived, or the engine closes
+                events += self._loads.finish()
+                continue
             block = False
             match message:
-                case None:
-                    pass
                 case Submission():
                     events.append(self._accept(message))
                 case Cancel(request_id):
@@ -368,7 +385,8 @@ class Engine:
         for request_id, lane, wrs in plan.lanes:
             self._live[request_id].enter_lane(lane, wrs)
         for _, passed_id in plan.bypasses:
-            self._live[passed_id].bypasses += 1
+            if passed_id in self._live:  # not rejected right after
+                self._live[passed_id].bypasses += 1
         for request_id, pages in plan.grown:
             self._live[request_id].grow(pages)
         for load in plan.loads:
@@ -455,6 +473,10 @@ class Engine:
             self._check_alive()
             self._inbox.put(question)
         return question.wait()
+
+    def _check_registered(self, uid: str) -> None:
+        if uid not in self._adapters:
+            raise UnknownAdapterError(f"no adapter with uid {uid!r:.80} is registered")
 
     def _check_alive(self) -> None:
         if self._death is not None:

@@ -35,7 +35,8 @@ class LiveRequest:
         self._pages: np.ndarray | None = None  # i32[NB]
         self._cache_hit: bool | None = None
         self._num_pages = 0
-        self._queued_until_s: float | None = None
+        self._waits_since_s: float | None = submission.arrival_s
+        self._queue_s = 0.0
         self._waits_for_adapter_since_s: float | None = None
         self._load_s = 0.0
         self._first_token_s: float | None = None
@@ -56,8 +57,12 @@ class LiveRequest:
                 self._cache_hit = hit
             if not hit:
                 self._waits_for_adapter_since_s = now_s
-        if self._queued_until_s is None:
-            self._queued_until_s = now_s
+        self._leave_queue(now_s)
+
+    def _leave_queue(self, now_s: float) -> None:
+        if self._waits_since_s is not None:
+            self._queue_s += now_s - self._waits_since_s
+            self._waits_since_s = None
 
     def grow(self, pages: tuple[int, ...]) -> None:
         """Take more KV pages behind those it has."""
@@ -69,6 +74,7 @@ class LiveRequest:
     def squash(self, now_s: float) -> None:
         """Give the pages back; the tokens stay, to be run again from the first on."""
         self.adapter_arrived(now_s)
+        self._waits_since_s = now_s
         self._pages = None
         self._squashes += 1
 
@@ -138,14 +144,14 @@ class LiveRequest:
         arrival_s = self.submission.arrival_s
         self.adapter_arrived(now_s)
         first_s = self._first_token_s
-        until_s = now_s if self._queued_until_s is None else self._queued_until_s
+        self._leave_queue(now_s)
         return Delta(
             token_ids=token_ids,
             text=self._text.close(),
             finish_reason=reason,
             error=error,
             timing=RequestTiming(
-                queue_s=until_s - arrival_s,
+                queue_s=self._queue_s,
                 adapter_load_s=self._load_s,
                 ttft_s=None if first_s is None else first_s - arrival_s,
                 total_s=now_s - arrival_s,

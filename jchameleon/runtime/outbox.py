@@ -10,14 +10,14 @@ FinishReason = Literal["stop", "length", "aborted", "error"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class RequestTiming:
-    """Where a request's time went, in seconds from its arrival.
+    """Where a request's time went, in seconds.
 
     Attributes:
-      queue_s: until it was admitted for the first time.
+      queue_s: that it waited to be admitted, again too if it was squashed.
       adapter_load_s: from admission until its adapter was resident, over all its
         admissions; 0 for a hit.
-      ttft_s: until its first token.
-      total_s: until it ended.
+      ttft_s: from its arrival until its first token.
+      total_s: from its arrival until it ended.
       adapter_cache_hit: its adapter was resident at its first admission; None for the
         base model.
       lane: the scheduler's lane that it was last admitted through, 0 holds the

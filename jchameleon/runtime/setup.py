@@ -58,20 +58,25 @@ def build_executor(
     planner = build_planner(config, num_pages)
     for adapter in adapters:
         check_fits(adapter, layout, planner)
+    use_compilation_cache()
     log = None
     if config.plan_log is not None:
         policy = load_policy(config.policy)
         log = PlanLogWriter(config.plan_log, planner.config, policy)
-    use_compilation_cache()
-    executor = Executor(
-        place_params(loaded),
-        model,
-        config,
-        layout,
-        num_pages=num_pages,
-        max_model_len=max_model_len,
-    )
-    executor.warm_up()
+    try:
+        executor = Executor(
+            place_params(loaded),
+            model,
+            config,
+            layout,
+            num_pages=num_pages,
+            max_model_len=max_model_len,
+        )
+        executor.warm_up()
+    except BaseException:
+        if log is not None:
+            log.close()
+        raise
     return executor, planner, log
 
 

@@ -32,10 +32,12 @@ class blaming:  # noqa: N801, reads as a statement: `with blaming(...)`
         trace: TracebackType | None,
     ) -> None:
         # One policy may call another (admission evicts): the inner one is to blame.
-        if not isinstance(error, Exception) or isinstance(error, PolicyError):
+        if not isinstance(error, Exception | SystemExit):
             return
-        found = type(self._policy)
+        if isinstance(error, PolicyError):
+            return
+        found, text = type(self._policy), " ".join(str(error).split())
         raise PolicyError(
             f"{self._kind} policy {found.__module__}:{found.__qualname__} raised "
-            f"{type(error).__name__}: {error}"
+            f"{type(error).__name__}: {text}"
         ) from error

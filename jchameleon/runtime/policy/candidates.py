@@ -55,7 +55,7 @@ class Candidates:
     """Columns over the adapters that may be evicted now, one row each, unordered.
 
     Rows come and go as adapters fall idle and are used again, so a policy scores
-    slices of arrays that exist already and never copies a table.
+    slices of arrays that exist already, which it cannot write, and copies no table.
 
     Attributes:
       adapters: the adapter of each row.
@@ -80,22 +80,22 @@ class Candidates:
     @property
     def order(self) -> np.ndarray:
         """Registration order, i64[n]."""
-        return self._ints[0, : len(self.adapters)]
+        return _frozen(self._ints[0, : len(self.adapters)])
 
     @property
     def num_pages(self) -> np.ndarray:
         """Pages that an eviction frees, i64[n]."""
-        return self._ints[1, : len(self.adapters)]
+        return _frozen(self._ints[1, : len(self.adapters)])
 
     @property
     def rank(self) -> np.ndarray:
         """Largest rank of each adapter, i64[n]."""
-        return self._ints[2, : len(self.adapters)]
+        return _frozen(self._ints[2, : len(self.adapters)])
 
     @property
     def queued(self) -> np.ndarray:
         """Waiting requests that name each adapter, i64[n]."""
-        return self._ints[3, : len(self.adapters)]
+        return _frozen(self._ints[3, : len(self.adapters)])
 
     @property
     def frequency(self) -> np.ndarray:
@@ -105,12 +105,12 @@ class Candidates:
     @property
     def last_used_s(self) -> np.ndarray:
         """Time of each adapter's last use, or of its last load if later, f64[n]."""
-        return self._last_used_s[: len(self.adapters)]
+        return _frozen(self._last_used_s[: len(self.adapters)])
 
     @property
     def unused(self) -> np.ndarray:
         """Whether no request has used the adapter since it was loaded, bool[n]."""
-        return self._unused[: len(self.adapters)]
+        return _frozen(self._unused[: len(self.adapters)])
 
     @property
     def load_s(self) -> np.ndarray:
@@ -158,3 +158,9 @@ class Candidates:
         """Copy the adapter's count of waiting requests into its row, if it has one."""
         if adapter.row >= 0:
             self._ints[3, adapter.row] = adapter.queued
+
+
+def _frozen(column: np.ndarray) -> np.ndarray:
+    """Return a view that a policy cannot write through."""
+    column.flags.writeable = False
+    return column

@@ -83,10 +83,13 @@ class Chameleon:
         recharge: bool = False,
     ) -> None:
         if not is_number(refresh_s) or refresh_s <= 0:
-            raise ConfigError(f"refresh_s={refresh_s!r} must be above 0 seconds")
+            raise ConfigError(
+                f"refresh_s={refresh_s!r} must be a finite number of seconds above 0"
+            )
         if not is_number(first_refresh_s) or first_refresh_s < 0:
             raise ConfigError(
-                f"first_refresh_s={first_refresh_s!r} must be 0 seconds or more"
+                f"first_refresh_s={first_refresh_s!r} must be a finite number of "
+                "seconds, 0 or more"
             )
         if type(min_samples) is not int or min_samples < 1:
             raise ConfigError(f"min_samples={min_samples!r} must be a positive integer")

@@ -1,10 +1,10 @@
 """Which idle adapters leave the device when pages are needed."""
 
-import math
 from typing import Protocol
 
 import numpy as np
 
+from jchameleon.config import is_number
 from jchameleon.errors import ConfigError
 from jchameleon.runtime.policy.candidates import Adapter, Candidates
 
@@ -56,7 +56,7 @@ class ChameleonScore:
             ("recency", recency),
             ("size", size),
         ):
-            if type(weight) not in (int, float) or not 0 <= weight < math.inf:
+            if not is_number(weight) or weight < 0:
                 raise ConfigError(
                     f"{name}={weight!r} must be a finite number, at least 0"
                 )

@@ -79,9 +79,10 @@ class PlanLogWriter:
             self._gzip = gzip.GzipFile("", "wb", _COMPRESS_LEVEL, self._file, mtime=0)
             self._gzip.write(line)
             self._gzip.flush()
-        except OSError as error:
+        except (OSError, ValueError) as error:  # ValueError: a null character
+            reason = error.strerror if isinstance(error, OSError) else error
             raise ConfigError(
-                f"plan log {str(path)!r} cannot be written: {error.strerror}"
+                f"plan log {str(path)!r} cannot be written: {reason}"
             ) from error
 
     def append(self, now_s: float, events: Sequence[Event], plan: Plan) -> None:

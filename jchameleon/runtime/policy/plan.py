@@ -77,8 +77,8 @@ class LaneStats:
     """
 
     upper_wrs: float
-    quota_tokens: float
-    used_tokens: float
+    quota_tokens: int
+    used_tokens: int
     waiting: int
     running: int
 

@@ -7,7 +7,7 @@ give the same plans.
 """
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from jchameleon.runtime.policy.admission import AdmissionPolicy, Capacity
 from jchameleon.runtime.policy.blame import blaming
@@ -24,7 +24,7 @@ from jchameleon.runtime.policy.events import (
 )
 from jchameleon.runtime.policy.eviction import EvictionPolicy
 from jchameleon.runtime.policy.limits import PlannerConfig
-from jchameleon.runtime.policy.plan import Books, Load, Plan
+from jchameleon.runtime.policy.plan import Books, LaneStats, Load, Plan
 from jchameleon.runtime.policy.pool import PagePool
 from jchameleon.runtime.policy.predictor import LengthPredictor
 from jchameleon.runtime.policy.prefetch import PrefetchPolicy
@@ -87,7 +87,7 @@ class Planner:
         self._grow(turn)
         with blaming("admission", self._admission):
             self._admission.admit(turn)
-        turn.settle_line()
+            turn.settle_line()
         loads = self._space.start_loads(self.config.max_loads_in_flight, turn.evicted)
         loads += self._prefetched(turn)
         prefill, decode = lay_out(
@@ -134,40 +134,46 @@ class Planner:
         usable = self.config.usable_pages - kept
         if kv_pages + (0 if pinned else adapter_pages) <= usable:
             return None
-        beside = f" beside {kept} pages of pinned adapters" if kept else ""
+        own = "" if pinned or not adapter_pages else f" and the adapter {adapter_pages}"
+        beside, unpin = "", ""
+        if kept:
+            beside, unpin = f" beside {kept} pages of pinned adapters", ", unpin some"
         return (
             f"prompt of {prompt_tokens} and max_tokens={max_tokens} need {kv_pages} KV "
-            f"pages and the adapter {adapter_pages}, the pool has {usable}{beside}: "
-            "lower max_tokens or enlarge the pool"
+            f"pages{own}, the pool has {usable}{beside}: lower max_tokens{unpin} or "
+            "enlarge pool_bytes"
         )
 
-    def why_not_pin(self, uid: str) -> str | None:
+    def why_not_pin(self, uid: str, pins: Mapping[str, bool]) -> str | None:
         """Return why an adapter cannot be pinned now, or None if it can.
 
         Every accepted request must still be able to run beside all pinned adapters.
 
+        Args:
+          pins: uid -> pinned, what was decided since the last plan.
+
         Raises:
           ValueError: the adapter was never registered.
         """
-        adapter = self._residency.get(uid)
-        if adapter.pinned:
-            return None
-        kept = self._residency.pinned_pages + adapter.num_pages
+        pinned = {*self._residency.pinned_uids(), uid}
+        pinned |= {other for other, is_pinned in pins.items() if is_pinned}
+        pinned -= {other for other, is_pinned in pins.items() if not is_pinned} - {uid}
+        kept = sum(self._residency.get(other).num_pages for other in pinned)
         needed = 1
         for rows in (self._running, self._waiting):
             for row in rows.values():
                 request = row.request
                 pages = self.config.kv_pages(request.prompt_tokens, request.max_tokens)
                 own = row.adapter
-                if own is not None and own is not adapter and not own.pinned:
+                if own is not None and own.uid not in pinned:
                     pages += own.num_pages
                 needed = max(needed, pages)
         usable = self.config.usable_pages
         if kept + needed <= usable:
             return None
         return (
-            f"pinning it would keep {kept} pages from the pool of {usable}, and a "
-            f"request needs {needed}: unpin others or enlarge the pool"
+            f"pinned adapters would keep {kept} pages of the pool's {usable}, and a "
+            f"request needs {needed}: unpin others or enlarge pool_bytes"
         )
 
     def is_pinned(self, uid: str) -> bool:
@@ -185,7 +191,6 @@ class Planner:
     def books(self) -> Books:
         """Return page and event totals as of the last plan."""
         residency = self._residency
-        lanes = getattr(self._admission, "lanes", None)
         return Books(
             free_pages=self._pool.free_pages,
             kv_pages=self._space.kv_pages,
@@ -203,8 +208,18 @@ class Planner:
             growth_squashes=self._growth_squashes,
             grown_pages=self._grown_pages,
             stalls=self._stalls,
-            lanes=() if lanes is None else tuple(lanes()),
+            lanes=self._lanes(),
         )
+
+    def _lanes(self) -> tuple[LaneStats, ...]:
+        lanes = getattr(self._admission, "lanes", None)
+        if lanes is None:
+            return ()
+        with blaming("admission", self._admission) as blame:
+            found = tuple(lanes())
+            if not all(isinstance(lane, LaneStats) for lane in found):
+                blame("answered lanes() with something else than LaneStats")
+        return found
 
     def adapter_stats(self, uid: str) -> AdapterStats:
         """Return one adapter's state and counters; ValueError when never registered."""
@@ -269,7 +284,9 @@ class Planner:
             case Arrival(request):
                 self._arrive(request, turn)
             case Cancel(request_id):
-                self._end(request_id, turn)
+                if self._end(request_id, turn) is None:
+                    # It may have failed a moment ago: nobody waits for that any more.
+                    turn.failed = [one for one in turn.failed if one[0] != request_id]
             case AdapterRegistered(uid, rank, num_pages):
                 self._residency.register(uid, rank, num_pages)
             case AdapterPinned(uid, pinned):

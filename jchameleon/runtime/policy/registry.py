@@ -139,7 +139,8 @@ def _imported(kind: str, name: str, path: str) -> object:
     module_name, _, attribute = path.partition(":")
     try:
         module = importlib.import_module(module_name)
-    except Exception as error:  # a user's module may raise anything when imported
+    # A user's module may raise anything when imported, and even try to exit.
+    except (Exception, SystemExit) as error:
         raise ConfigError(
             f"{kind}={name!r}: cannot import {module_name!r}: {_one_line(error)}"
         ) from error
@@ -151,5 +152,5 @@ def _imported(kind: str, name: str, path: str) -> object:
         ) from None
 
 
-def _one_line(error: Exception) -> str:
+def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__

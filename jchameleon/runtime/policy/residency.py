@@ -34,7 +34,7 @@ class Residency:
     """The adapter table: states, references, counters, and the pages behind them.
 
     Attributes:
-      max_rank, max_num_pages: largest among the registered adapters, 0 without any.
+      max_rank: largest among the registered adapters, 0 without any.
       pinned_pages: of all pinned adapters, on the device or not.
       resident_pages, loading_pages: held by resident adapters and for copies to come.
     """
@@ -44,9 +44,9 @@ class Residency:
         self._adapters: dict[str, Adapter] = {}
         self._pending: dict[str, Adapter] = {}
         self._window = UseWindow()
+        self._pinned: dict[str, None] = {}
         self.candidates = Candidates(self._window)
         self.max_rank = 0
-        self.max_num_pages = 0
         self.pinned_pages = 0
         self.resident_pages = 0
         self.loading_pages = 0
@@ -64,7 +64,6 @@ class Residency:
             self._adapters[uid] = Adapter(uid, order, rank, num_pages)
             self._window.grow(order + 1)
             self.max_rank = max(self.max_rank, rank)
-            self.max_num_pages = max(self.max_num_pages, num_pages)
 
     def get(self, uid: str) -> Adapter:
         """Return the adapter `uid`.
@@ -81,6 +80,10 @@ class Residency:
         """Return the registered uids in registration order."""
         return tuple(self._adapters)
 
+    def pinned_uids(self) -> tuple[str, ...]:
+        """Return the uids of pinned adapters in the order of their pins."""
+        return tuple(self._pinned)
+
     def pages(self, uid: str) -> tuple[int, ...] | None:
         """Return the pages of a resident adapter in packed order, else None."""
         if self.get(uid).state is not State.RESIDENT:
@@ -95,6 +98,10 @@ class Residency:
         adapter = self.get(uid)
         if pinned != adapter.pinned:
             adapter.pinned = pinned
+            if pinned:
+                self._pinned[uid] = None
+            else:
+                del self._pinned[uid]
             self.pinned_pages += adapter.num_pages if pinned else -adapter.num_pages
             self._settle(adapter)
 
@@ -249,7 +256,6 @@ class Residency:
         adapters = self._adapters.values()
         assert self.pinned_pages == sum(a.num_pages for a in adapters if a.pinned)
         assert self.max_rank == max((a.rank for a in adapters), default=0)
-        assert self.max_num_pages == max((a.num_pages for a in adapters), default=0)
         assert self.resident_pages == count[State.RESIDENT]
         assert self.loading_pages == count[State.PENDING] + count[State.LOADING]
         loading = [a for a in adapters if a.state is State.LOADING]

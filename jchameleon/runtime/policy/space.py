@@ -43,8 +43,12 @@ class Space:
         return pages <= spare
 
     def spare_pages(self, kv_pages: int, adapter: Adapter | None) -> int:
-        """Return the pages left after `kv_pages` and an adapter; negative: lacking."""
+        """Return the pages left after `kv_pages` and an adapter; negative: lacking.
+
+        Pinned adapters that are not on the device yet come first.
+        """
         spare = self._pool.free_pages + self._residency.candidates.total_pages
+        spare -= self._wanted_pages(adapter)
         if adapter is not None and (adapter.state is State.ABSENT or adapter.row >= 0):
             # It must be loaded, or it is idle and this request needs it to stay.
             spare -= adapter.num_pages
@@ -136,6 +140,17 @@ class Space:
         else:
             self._wanted.pop(uid, None)
 
+    def _wanted_pages(self, beside: Adapter | None) -> int:
+        """Return the pages kept for pinned absent adapters other than `beside`."""
+        if not self._wanted:
+            return 0
+        wanted = (self._residency.get(uid) for uid in self._wanted)
+        return sum(
+            adapter.num_pages
+            for adapter in wanted
+            if adapter.state is State.ABSENT and adapter is not beside
+        )
+
     def start_loads(self, limit: int, evicted: list[str]) -> list[Load]:
         """Start lined-up copies while fewer than `limit` are under way.
 
@@ -169,7 +184,7 @@ class Space:
         adapter = self._residency.get(uid)
         if adapter.state is not State.ABSENT or adapter.broken:
             return None
-        if adapter.num_pages > self._pool.free_pages:
+        if adapter.num_pages > self._pool.free_pages - self._wanted_pages(adapter):
             return None
         self._residency.reserve(adapter)
         started = self._residency.start_next_load()

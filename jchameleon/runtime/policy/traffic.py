@@ -48,8 +48,10 @@ class Traffic:
             raise ConfigError(f"lanes={lanes!r} must be 'kmeans', 'elbow' or 'static'")
         if not is_number(elbow_gain) or not 0 < elbow_gain < 1:
             raise ConfigError(f"elbow_gain={elbow_gain!r} must be between 0 and 1")
-        if not is_number(slo_s) or slo_s <= 0:
-            raise ConfigError(f"slo_s={slo_s!r} must be above 0 seconds")
+        if not is_number(slo_s) or slo_s < 1e-6:
+            raise ConfigError(
+                f"slo_s={slo_s!r} must be a finite number of seconds, above 1e-6"
+            )
         self._max_lanes = max_lanes
         self._rule = lanes
         self._elbow_gain = elbow_gain

@@ -1,5 +1,6 @@
 """One call of `Planner.plan`: what policies see, and what the plan collects."""
 
+import operator
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -51,7 +52,7 @@ class Turn:
 
     @property
     def running(self) -> Iterator[Request]:
-        for row in self._planner._running.values():
+        for row in tuple(self._planner._running.values()):
             yield row.request
 
     @property
@@ -123,10 +124,14 @@ class Turn:
     ) -> bool:
         if request.request_id in self._returning:
             return False  # squashed in this very call
+        if (lane is None) != (wrs is None) or (lane is not None and lane < 0):
+            raise ValueError(f"{lane=} and {wrs=} must both be there, lane 0 or above")
+        if passing is not None and self._waiting_row(passing).request == request:
+            raise ValueError(f"request_id={request.request_id!r} cannot pass itself")
         if not self._planner._try_admit(self._waiting_row(request), self):
             return False
         if lane is not None and wrs is not None:
-            self.lanes.append((request.request_id, lane, wrs))
+            self.lanes.append((request.request_id, operator.index(lane), float(wrs)))
         if passing is not None:
             self.bypasses.append((request.request_id, passing.request_id))
             self._planner._bypasses += 1
@@ -146,6 +151,10 @@ class Turn:
 
     def reject(self, request: Request, reason: str) -> None:
         row = self._waiting_row(request)
+        if request.request_id in self._returning:
+            raise ValueError(f"request_id={request.request_id!r} was squashed just now")
+        if not isinstance(reason, str) or not reason:
+            raise ValueError(f"{reason=} must be a text")
         if row.adapter is not None:
             self._planner._residency.drop_queued(row.adapter.uid)
         self._left[request.request_id] = None
