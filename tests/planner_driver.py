@@ -154,6 +154,7 @@ class Driver:
             self.prefilled[request_id] = 0
             self.to_prefill[request_id] = request.prompt_tokens + produced
             self.admission_order.append(request_id)
+        assert not dict(plan.grown).keys() & dict(plan.squashed).keys()
         for request_id, pages in plan.grown:
             assert config.kv_reserve == "predicted" and pages
             self.kv[request_id] += pages

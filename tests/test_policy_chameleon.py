@@ -133,14 +133,10 @@ class Engine:
         uid = request.adapter_uid
         return uid is not None and uid not in self.resident
 
-    def missing_pages(self, request):
+    def missing_pages(self, request, without=()):
         assert request.request_id in self.waiting_by_id
-        held = self._held([*self.running_by_id.values(), request])
-        return max(0, held - self.pages)
-
-    def freed_pages(self, requests):
-        rest = [r for r in self.running_by_id.values() if r not in requests]
-        return self._held(self.running_by_id.values()) - self._held(rest)
+        rest = [r for r in self.running_by_id.values() if r not in without]
+        return max(0, self._held([*rest, request]) - self.pages)
 
     def wait_for_pages_s(self, pages):
         freed = 0
@@ -176,9 +172,14 @@ class Engine:
             self.passed.append((request_id, passing.request_id))
         return True
 
+    def can_squash(self, request):
+        assert request.request_id in self.running_by_id
+        started_now = request.request_id in self.admitted
+        return self.squashes(request) < self.max_squashes and not started_now
+
     def squash(self, request, reason):
         assert reason
-        if self.squashes(request) >= self.max_squashes:
+        if not self.can_squash(request):
             return False
         self.squashed.append(request.request_id)
         self._stop(request)

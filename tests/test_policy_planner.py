@@ -459,13 +459,14 @@ class QueueAhead:
 
 
 def test_prefetch_uses_idle_link_and_free_pages_only():
-    config = dataclasses.replace(CONFIG, max_running=1)
+    config = dataclasses.replace(CONFIG, max_running=1, max_loads_in_flight=3)
     driver = Driver(planner_of(config, prefetch=QueueAhead()))
     for uid, num_pages in (("a", 4), ("b", 27), ("c", 4), ("d", 4)):
         driver.register(uid, num_pages=num_pages)
         driver.arrive(request_of(f"r{uid}", adapter_uid=uid))
     plan = driver.tick()
-    # ra's own load, then c: b is too large for what is free; no third in flight.
+    # ra's own load, then c: b is too large for what is free, and the last place on the
+    # link is kept for whoever is admitted next.
     assert plan.admitted == ("ra",)
     assert [load.uid for load in plan.loads] == ["a", "c"]
     assert plan.evicted == ()

@@ -16,6 +16,7 @@ from hypothesis.stateful import (
 )
 from planner_driver import CONFIG, Driver
 
+from jchameleon.runtime.policy.chameleon import Chameleon
 from jchameleon.runtime.policy.planner import Planner
 from jchameleon.runtime.policy.presets import build_policies, load_policy
 from jchameleon.runtime.policy.request import Request
@@ -37,6 +38,7 @@ def table_of(preset):
             "min_samples": 4,
             "slo_s": 1.0,
             "max_overtaken": MAX_OVERTAKEN,
+            "recharge": preset == "adaptive",
         }
     return table
 
@@ -114,14 +116,13 @@ class Run(RuleBasedStateMachine):
                 self.tick()
 
     def tick(self):
-        waiting = self.waiting()
+        waiting = set(self.waiting())
         plan = self.driver.tick()
         for request_id in plan.admitted:
-            if request_id in dict(plan.squashed):
-                continue
+            waiting.discard(request_id)
             age = self.order.index(request_id)
             for other in waiting:
-                if self.order.index(other) < age and other not in plan.admitted:
+                if self.order.index(other) < age:
                     self.overtaken[other] += 1
 
     def waiting(self):
@@ -136,6 +137,26 @@ class Run(RuleBasedStateMachine):
     def nobody_is_overtaken_beyond_the_bound(self):
         if self.bounded and getattr(self, "overtaken", None):
             assert max(self.overtaken.values()) <= MAX_OVERTAKEN
+
+    @invariant()
+    def lanes_are_charged_what_runs(self):
+        if not hasattr(self, "driver"):
+            return
+        policy = self.driver.planner._admission
+        if not isinstance(policy, Chameleon):
+            return
+        planner, entries = self.driver.planner, policy._entries
+        capacity = planner._capacity
+        lanes = policy.lanes()
+        total = max(0, capacity.pages) * capacity.block_tokens
+        assert sum(lane.quota_tokens for lane in lanes) in (total, policy._total_tokens)
+        for index, lane in enumerate(lanes):
+            mine = [e for e in entries.values() if e.lane == index and e.running]
+            assert lane.used_tokens == sum(e.cost_tokens for e in mine)
+            assert lane.running == len(mine)
+        running = {name for name, entry in entries.items() if entry.running}
+        # Those that ended with the last step are still to be reported.
+        assert running >= set(self.driver.admission_order)
 
     def teardown(self):
         if not hasattr(self, "driver"):

@@ -105,19 +105,19 @@ class AdmissionView(Protocol):
     def adapter_absent(self, request: Request) -> bool:
         """Return whether its adapter is neither on the device nor on its way there."""
 
-    def missing_pages(self, request: Request) -> int:
+    def missing_pages(self, request: Request, without: Sequence[Request] = ()) -> int:
         """Return the pages that a waiting request lacks; 0 where its pages fit.
 
-        Counts KV entries and an absent adapter, after evicting all idle adapters.
+        Counts KV entries and an absent adapter, after evicting all idle adapters, and
+        as if those running that `without` names had been squashed. A copy that is under
+        way goes on without them, and its pages stay taken.
         """
 
-    def freed_pages(self, requests: Sequence[Request]) -> int:
-        """Return the pages that would be free or evictable if `requests` stopped."""
-
     def wait_for_pages_s(self, pages: int) -> float:
-        """Return the predicted seconds until running requests have freed `pages` more.
+        """Return the predicted seconds until `pages` more are free or evictable.
 
-        Infinite where they never will.
+        They come from running requests that end and copies ahead that arrive; infinite
+        where both are not enough.
         """
 
     def try_admit(
@@ -132,18 +132,29 @@ class AdmissionView(Protocol):
 
         Takes pages for its KV entries and, together with them, for its adapter when
         that is not on the device, evicting idle adapters as far as needed. False
-        changes nothing. `lane`, `wrs` (give both or neither) and `passing`, the head of
+        changes nothing; it is also the answer for a request squashed in this very call.
+        `lane`, `wrs` (give both or neither) and `passing`, the head of
         the line that it overtakes by a bypass, are reported with the request.
 
         Raises:
           ValueError: `request` does not wait.
         """
 
+    def can_squash(self, request: Request) -> bool:
+        """Return whether `squash` would work.
+
+        Not for a request admitted in this very call, or squashed as often as the engine
+        allows.
+
+        Raises:
+          ValueError: `request` does not run.
+        """
+
     def squash(self, request: Request, reason: str) -> bool:
         """Send a running request back to wait; its tokens are recomputed later.
 
-        Return False, and change nothing, where it was squashed as often as the engine
-        allows. It is not reported in `requeued`.
+        Return False, and change nothing, where `can_squash` says so. It is not reported
+        in `requeued`.
 
         Raises:
           ValueError: `request` does not run.

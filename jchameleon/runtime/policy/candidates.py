@@ -28,6 +28,7 @@ class Adapter:
       last_used_s: when a request that used it last ended, or its last load if later.
       unused: no request has used it since it was loaded.
       broken: its last load failed; only a request tries again.
+      declined: it was dropped though no page was needed, before anyone used it.
       row: its row among the eviction candidates, -1 when it is none.
       loads: copies started; failures: those of them that failed.
     """
@@ -43,6 +44,7 @@ class Adapter:
     last_used_s: float = 0.0
     unused: bool = False
     broken: bool = False
+    declined: bool = False
     row: int = -1
     hits: int = 0
     misses: int = 0

@@ -357,6 +357,7 @@ class Chameleon:
         for entry in lane.behind_head(_BYPASS_SCAN):
             if missing_pages == 0 or self._overdue() is not None:
                 break
+            self._predict(view, entry)
             has_tokens = entry.cost_tokens <= self._tokens(lane, borrow)
             if not has_tokens or view.squashes(entry.request):
                 continue
@@ -386,9 +387,9 @@ class Chameleon:
         if not head.passers:
             return False
         lane = self._lanes[head.lane]
-        missing_pages = view.missing_pages(head.request)
         passers = [head.passers[seq] for seq in sorted(head.passers, reverse=True)]
-        if view.freed_pages([entry.request for entry in passers]) < missing_pages:
+        passers = [entry for entry in passers if view.can_squash(entry.request)]
+        if view.missing_pages(head.request, [entry.request for entry in passers]):
             return False
         returned = 0
         for count, entry in enumerate(passers, start=1):
@@ -397,12 +398,11 @@ class Chameleon:
             if (
                 borrow is None
                 or head.cost_tokens <= self._tokens(lane, borrow, returned)
-            ) and view.freed_pages(requests) >= missing_pages:
+            ) and not view.missing_pages(head.request, requests):
                 break
         else:
             return False
         for entry in passers[:count]:
-            if not view.squash(entry.request, "bypass"):
-                return False
+            view.squash(entry.request, "bypass")
             self._requeue(view, entry)
         return self._start(view, head)

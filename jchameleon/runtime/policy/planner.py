@@ -85,6 +85,7 @@ class Planner:
         self._residency.candidates.load_line = self._estimator.load_line()
         turn.evicted += self._space.drop_expired()
         self._grow(turn)
+        turn.outgrown = [r for r in turn.outgrown if r.request_id in self._running]
         with blaming("admission", self._admission):
             self._admission.admit(turn)
             turn.settle_line()
@@ -418,6 +419,12 @@ class Planner:
                 row.stalled = True
                 self._stalls += 1
 
+    def _may_grow(self, row: Row) -> bool:
+        """Return whether a running row holds fewer pages than it may come to need."""
+        request = row.request
+        most = self.config.kv_pages(request.prompt_tokens, request.max_tokens)
+        return row.kv_pages < most
+
     def _youngest_after(self, row: Row) -> Row | None:
         """Return the youngest row that may be squashed in favour of `row`."""
         younger = [
@@ -431,13 +438,15 @@ class Planner:
 
     def _squash(self, row: Row, reason: str, turn: Turn) -> None:
         """Take a running request's pages and let it wait again."""
-        del self._running[row.request.request_id]
+        request_id = row.request.request_id
+        del self._running[request_id]
+        turn.grown = [one for one in turn.grown if one[0] != request_id]
         self._space.give_back(row, turn.now_s)
         row.stop()
         self._squashes += 1
         if row.adapter is not None:
             self._residency.add_queued(row.adapter.uid)
-        turn.squashed.append((row.request.request_id, reason))
+        turn.squashed.append((request_id, reason))
 
     def _reserved_tokens(self, row: Row) -> int:
         """Return the output that a waiting request gets pages for at admission."""
@@ -447,18 +456,23 @@ class Planner:
         self._predict_again(row)
         return min(most, max(row.predicted_tokens, row.produced_tokens + 1))
 
-    def _missing_pages(self, row: Row) -> tuple[int, int]:
-        """Return (KV pages it needs, pages it lacks after evicting all idle)."""
+    def _missing_pages(self, row: Row, without: Sequence[Row] = ()) -> tuple[int, int]:
+        """Return (KV pages it needs, pages it lacks after evicting all idle).
+
+        As if the running rows `without` were squashed.
+        """
         kv_pages = self.config.kv_pages(
             row.request.prompt_tokens, self._reserved_tokens(row)
         )
-        return kv_pages, max(0, -self._space.spare_pages(kv_pages, row.adapter))
+        spare_pages = self._space.spare_pages(kv_pages, row.adapter, without)
+        return kv_pages, max(0, -spare_pages)
 
     def _try_admit(self, row: Row, turn: Turn) -> bool:
         if len(self._running) >= self.config.max_running:
             return False
         kv_pages, missing = self._missing_pages(row)
         if missing:
+            turn.lacking[row.request.adapter_uid] = None
             return False
         request_id, adapter = row.request.request_id, row.adapter
         # KV and adapter together: whoever is admitted holds its adapter to its end.
@@ -475,16 +489,26 @@ class Planner:
         return True
 
     def _prefetched(self, turn: Turn) -> list[Load]:
-        """Ask the prefetch policy while the link has room and nothing waits for it."""
-        limit, residency = self.config.max_loads_in_flight, self._residency
+        """Ask the prefetch policy while link and pages are idle.
+
+        One place on the link is left for a request that is admitted next, and a page
+        for each row that may outgrow its own. While somebody lacks pages, nothing is
+        loaded ahead but what they need themselves.
+        """
+        # With a single place, prefetch may have it.
+        limit = max(1, self.config.max_loads_in_flight - 1)
+        residency = self._residency
         loads: list[Load] = []
         with blaming("prefetch", self._prefetch):
             if self._observe_prefetch is not None:
                 self._observe_prefetch(turn)
             if residency.loads_in_flight >= limit:
                 return []
+            keep_pages = sum(map(self._may_grow, self._running.values()))
             for uid in self._prefetch.candidates(turn):
-                load = self._space.prefetch(uid)
+                if turn.lacking and uid not in turn.lacking:
+                    continue
+                load = self._space.prefetch(uid, keep_pages=keep_pages)
                 if load is not None:
                     loads.append(load)
                     if residency.loads_in_flight >= limit:

@@ -50,8 +50,10 @@ class PrefetchPolicy(Protocol):
     def candidates(self, view: PrefetchView) -> Iterable[str]:
         """Yield uids of registered adapters.
 
-        The planner asks only while the link has room and nothing waits for it, skips
-        those on the device and those too large for the free pages, and evicts nothing.
+        The planner asks only while the link has room and nothing waits for it, and
+        evicts nothing. It skips those on the device and those too large for the free
+        pages, of which it keeps one for each row that may outgrow its own; and while
+        somebody lacks pages to start, all but the adapters of those who do.
         """
 
 

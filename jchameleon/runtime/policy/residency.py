@@ -186,6 +186,7 @@ class Residency:
             )
         self.loads_in_flight -= 1
         adapter.broken = failed
+        adapter.declined = False
         if failed:
             adapter.failures += 1
             self.failures += 1

@@ -4,10 +4,13 @@ Brings pool, adapter table and eviction policy together. Whoever needs pages ask
 idle adapters are evicted by exactly as much as is needed (Chameleon, section 4.2).
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from jchameleon.runtime.policy.blame import blaming
 from jchameleon.runtime.policy.candidates import Adapter, State
+from jchameleon.runtime.policy.estimator import Estimator
 from jchameleon.runtime.policy.eviction import EvictionPolicy, choose_victims
 from jchameleon.runtime.policy.plan import Load
 from jchameleon.runtime.policy.pool import PagePool
@@ -42,17 +45,35 @@ class Space:
         spare = self._pool.free_pages + self._residency.candidates.total_pages
         return pages <= spare
 
-    def spare_pages(self, kv_pages: int, adapter: Adapter | None) -> int:
+    def spare_pages(
+        self, kv_pages: int, adapter: Adapter | None, without: Sequence[Row] = ()
+    ) -> int:
         """Return the pages left after `kv_pages` and an adapter; negative: lacking.
 
-        Pinned adapters that are not on the device yet come first.
+        Counts as if the running `without` were squashed. Pinned adapters that are not
+        on the device yet come first.
         """
         spare = self._pool.free_pages + self._residency.candidates.total_pages
         spare -= self._wanted_pages(adapter)
         if adapter is not None and (adapter.state is State.ABSENT or adapter.row >= 0):
             # It must be loaded, or it is idle and this request needs it to stay.
             spare -= adapter.num_pages
-        return spare - kv_pages
+        return spare - kv_pages + self._freed_by(without, keeping=adapter)
+
+    def _freed_by(self, rows: Sequence[Row], *, keeping: Adapter | None) -> int:
+        """Return the pages that fall free or evictable when `rows` are squashed."""
+        pages = 0
+        refs: dict[str, int] = {}
+        for row in rows:
+            pages += row.kv_pages
+            adapter = row.adapter
+            if adapter is None or adapter is keeping or adapter.pinned:
+                continue
+            refs[adapter.uid] = refs.get(adapter.uid, 0) + 1
+            # A copy under way goes on; one that waits for the link is given up.
+            if refs[adapter.uid] == adapter.refs and adapter.state is not State.LOADING:
+                pages += adapter.num_pages
+        return pages
 
     def free(self, pages: int) -> list[str]:
         """Evict idle adapters until `pages` are free; return the uids that left."""
@@ -84,6 +105,7 @@ class Space:
             rows = np.flatnonzero(mask)
             gone = [table.adapters[row] for row in rows[np.argsort(table.order[rows])]]
         for adapter in gone:
+            adapter.declined = adapter.unused
             self._residency.evict(adapter)
         return [adapter.uid for adapter in gone]
 
@@ -121,17 +143,17 @@ class Space:
         if row.adapter is not None:
             self._residency.release(row.adapter, now_s)
 
-    def freed_by(self, rows: list[Row]) -> int:
-        """Return the pages that would be free or evictable if `rows` stopped."""
-        pages = sum(row.kv_pages for row in rows)
-        refs: dict[str, int] = {}
-        for row in rows:
-            if row.adapter is not None:
-                uid = row.adapter.uid
-                refs[uid] = refs.get(uid, 0) + 1
-                if refs[uid] == row.adapter.refs and not row.adapter.pinned:
-                    pages += row.adapter.num_pages
-        return pages
+    def copies_ahead(self, estimator: Estimator) -> list[tuple[float, int]]:
+        """Return (seconds left, pages) of copies that no request waits for.
+
+        Their pages cannot be taken now, but may be evicted when they have arrived.
+        """
+        adapters = (self._residency.get(uid) for uid in self._load_started_s)
+        return [
+            (estimator.load_s(adapter.num_pages), adapter.num_pages)
+            for adapter in adapters
+            if not adapter.refs and not adapter.pinned
+        ]
 
     def want(self, uid: str, *, wanted: bool) -> None:
         """Load a pinned adapter as soon as there is room, or no longer."""
@@ -173,10 +195,11 @@ class Space:
             loads.append(Load(*started))
         return loads
 
-    def prefetch(self, uid: str) -> Load | None:
+    def prefetch(self, uid: str, *, keep_pages: int) -> Load | None:
         """Start to load an absent adapter into free pages; None where that is not so.
 
-        One whose last load failed is left to the next request for it.
+        Leaves `keep_pages` free. An adapter whose last load failed is left to the next
+        request for it, and so is one that the eviction policy dropped unused.
 
         Raises:
           ValueError: it was never registered.
@@ -184,7 +207,10 @@ class Space:
         adapter = self._residency.get(uid)
         if adapter.state is not State.ABSENT or adapter.broken:
             return None
-        if adapter.num_pages > self._pool.free_pages - self._wanted_pages(adapter):
+        if adapter.declined and not adapter.queued:
+            return None
+        free_pages = self._pool.free_pages - keep_pages - self._wanted_pages(adapter)
+        if adapter.num_pages > free_pages:
             return None
         self._residency.reserve(adapter)
         started = self._residency.start_next_load()

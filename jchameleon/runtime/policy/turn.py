@@ -1,5 +1,6 @@
 """One call of `Planner.plan`: what policies see, and what the plan collects."""
 
+import math
 import operator
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
@@ -37,7 +38,9 @@ class Turn:
         # squash and reject while it iterates.
         self._left: dict[str, None] = {}
         self._returning: dict[str, Row] = {}
-        self._releases: list[tuple[float, Row]] | None = None
+        self._releases: list[tuple[float, int]] | None = None
+        # Adapters of requests that were tried and lack pages; None is the base model.
+        self.lacking: dict[str | None, None] = {}
 
     @property
     def waiting(self) -> Iterator[Request]:
@@ -91,28 +94,19 @@ class Turn:
         adapter = self._row(request).adapter
         return adapter is not None and adapter.state is State.ABSENT
 
-    def missing_pages(self, request: Request) -> int:
-        return self._planner._missing_pages(self._waiting_row(request))[1]
-
-    def freed_pages(self, requests: Sequence[Request]) -> int:
-        rows = [self._running_row(request) for request in requests]
-        return self._planner._space.freed_by(rows)
+    def missing_pages(self, request: Request, without: Sequence[Request] = ()) -> int:
+        rows = [self._running_row(one) for one in without]
+        return self._planner._missing_pages(self._waiting_row(request), rows)[1]
 
     def wait_for_pages_s(self, pages: int) -> float:
         if pages <= 0:
             return 0.0
         freed = 0
-        refs: dict[str, int] = {}
-        for ends_in_s, row in self._predicted_ends():
-            freed += row.kv_pages
-            adapter = row.adapter
-            if adapter is not None:
-                refs[adapter.uid] = refs.get(adapter.uid, 0) + 1
-                if refs[adapter.uid] == adapter.refs and not adapter.pinned:
-                    freed += adapter.num_pages
+        for after_s, more_pages in self._predicted_releases():
+            freed += more_pages
             if freed >= pages:
-                return ends_in_s
-        return float("inf")
+                return after_s
+        return math.inf
 
     def try_admit(
         self,
@@ -138,12 +132,18 @@ class Turn:
         self._releases = None
         return True
 
-    def squash(self, request: Request, reason: str) -> bool:
+    def can_squash(self, request: Request) -> bool:
         row = self._running_row(request)
-        if row.squashes >= self._planner.config.max_squashes or not row.settled:
+        return (
+            row.squashes < self._planner.config.max_squashes
+            and row.settled
+            and request.request_id not in self.admitted
+        )
+
+    def squash(self, request: Request, reason: str) -> bool:
+        if not self.can_squash(request):
             return False
-        if request.request_id in self.admitted:
-            return False
+        row = self._running_row(request)
         self._planner._squash(row, reason, self)
         self._returning[request.request_id] = row
         self._releases = None
@@ -186,30 +186,42 @@ class Turn:
         for row in sorted(self._returning.values(), key=lambda row: -row.seq):
             self.return_to_line(row)
 
+    def _predicted_releases(self) -> list[tuple[float, int]]:
+        """Return (seconds from now, pages that fall free then), soonest first."""
+        if self._releases is None:
+            refs: dict[str, int] = {}
+            releases = self._planner._space.copies_ahead(self.estimator)
+            for ends_in_s, row in self._predicted_ends():
+                pages, adapter = row.kv_pages, row.adapter
+                if adapter is not None:
+                    refs[adapter.uid] = refs.get(adapter.uid, 0) + 1
+                    if refs[adapter.uid] == adapter.refs and not adapter.pinned:
+                        pages += adapter.num_pages
+                releases.append((ends_in_s, pages))
+            self._releases = sorted(releases)
+        return self._releases
+
     def _predicted_ends(self) -> list[tuple[float, Row]]:
         """Return (seconds from now, row) of running requests, soonest end first."""
-        if self._releases is None:
-            estimator, running = self.estimator, self._planner._running
-            rows = len(running)
-            decode_s = estimator.step_s(prefill_tokens=0, decode_rows=rows)
-            ends = []
-            for row in running.values():
-                left = max(1, row.predicted_tokens - row.produced_tokens)
-                ends_in_s = left * decode_s
-                pending = row.prefill_tokens - row.prefilled_tokens
-                if pending:
-                    adapter = row.adapter
-                    absent = adapter is not None and adapter.state is not State.RESIDENT
-                    ends_in_s = estimator.run_s(
-                        prefill_tokens=pending,
-                        output_tokens=left,
-                        load_pages=adapter.num_pages if adapter and absent else 0,
-                        decode_rows=rows,
-                    )
-                ends.append((ends_in_s, row))
-            ends.sort(key=lambda pair: (pair[0], pair[1].seq))
-            self._releases = ends
-        return self._releases
+        estimator, running = self.estimator, self._planner._running
+        rows = len(running)
+        decode_s = estimator.step_s(prefill_tokens=0, decode_rows=rows)
+        ends = []
+        for row in running.values():
+            left = max(1, row.predicted_tokens - row.produced_tokens)
+            ends_in_s = left * decode_s
+            pending = row.prefill_tokens - row.prefilled_tokens
+            if pending:
+                adapter = row.adapter
+                absent = adapter is not None and adapter.state is not State.RESIDENT
+                ends_in_s = estimator.run_s(
+                    prefill_tokens=pending,
+                    output_tokens=left,
+                    load_pages=adapter.num_pages if adapter and absent else 0,
+                    decode_rows=rows,
+                )
+            ends.append((ends_in_s, row))
+        return sorted(ends, key=lambda pair: (pair[0], pair[1].seq))
 
     def _row(self, request: Request) -> Row:
         planner, request_id = self._planner, request.request_id
