@@ -321,3 +321,28 @@ def test_loads_are_timed_from_when_the_link_was_free():
     assert space.load_done("b", 7.0) == 3.0, "it waited for the first"
     space.note_load("c", 9.0)
     assert space.load_done("c", 10.0) == 9.0
+
+
+@pytest.mark.parametrize("recharge", [True, False])
+def test_charge_of_a_row_that_outgrows_moves_to_the_next_lane_if_asked(recharge):
+    policy = Chameleon(
+        recharge=recharge,
+        lanes="static",
+        max_lanes=2,
+        first_refresh_s=0.0,
+        min_samples=2,
+    )
+    driver = Driver(planner_of(PREDICTED, admission=policy, predictor=Oracle()))
+    driver.arrive(request("large", 100, 50))
+    driver.arrive(request("small", 10, 2, most=30))
+    driver.tick()
+    # Sizes 1 and 0.4 * 10 / 100 + 0.6 * 2 / 50; each is charged prompt and prediction.
+    assert [lane.used_tokens for lane in policy.lanes()] == [12, 150]
+    while driver.produced["small"] < 3:
+        driver.tick()
+    driver.tick()
+    expected = [0, 150 + 10 + 4] if recharge else [12, 150]
+    assert [lane.used_tokens for lane in policy.lanes()] == expected
+    driver.drain(100)
+    driver.tick()
+    assert [lane.used_tokens for lane in policy.lanes()] == [0, 0]

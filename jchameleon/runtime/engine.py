@@ -9,7 +9,6 @@ other threads reach it through the inbox only.
 """
 
 import collections
-import contextlib
 import dataclasses
 import logging
 import math
@@ -32,6 +31,7 @@ from jchameleon.errors import (
 from jchameleon.lora.adapter import AdapterCard, HostAdapter
 from jchameleon.models.tokenizer import Tokenizer
 from jchameleon.runtime.adapters import check_fits
+from jchameleon.runtime.engine_log import EngineLog
 from jchameleon.runtime.executor import Executor
 from jchameleon.runtime.live import LiveRequest
 from jchameleon.runtime.loads import AdapterLoads
@@ -47,7 +47,6 @@ from jchameleon.runtime.policy.events import (
 from jchameleon.runtime.policy.log import PlanLogWriter
 from jchameleon.runtime.policy.plan import Books, Plan
 from jchameleon.runtime.policy.planner import Planner
-from jchameleon.runtime.policy.request import Request
 from jchameleon.runtime.policy.residency import AdapterStats
 from jchameleon.runtime.question import Question
 from jchameleon.runtime.records import StepRecord
@@ -96,7 +95,7 @@ class Engine:
         self.max_model_len = executor.max_model_len
         self._executor = executor
         self._planner = planner
-        self._log = log
+        self._log = EngineLog(log)
         self._config = config
         self._tokenizer = tokenizer
         self._eos_token_ids = eos_token_ids
@@ -286,7 +285,7 @@ class Engine:
         events = [*events, *self._receive(block=not events), *self._loads.finish()]
         start_s = time.monotonic()
         plan = self._planner.plan(start_s, events)
-        self._write_log(start_s, events, plan)
+        self._log.append(start_s, events, plan)
         self._apply(plan, start_s)
         while self._questions:  # after the plan: the books are settled now
             self._questions.popleft().answer()
@@ -295,21 +294,6 @@ class Engine:
         if plan.prefill or plan.decode:
             caused.append(self._step(plan))
         return caused
-
-    def _write_log(self, now_s: float, events: list[Event], plan: Plan) -> None:
-        if self._log is None:
-            return
-        try:
-            self._log.append(now_s, events, plan)
-        except OSError as error:  # a full disk must not end what is being served
-            logger.error("the plan log ends here: %s", error)
-            self._close_log()
-
-    def _close_log(self) -> None:
-        if self._log is not None:
-            with contextlib.suppress(OSError):
-                self._log.close()
-            self._log = None
 
     def _receive(self, *, block: bool) -> list[Event]:
         events: list[Event] = []
@@ -354,16 +338,7 @@ class Engine:
         self._live[submission.request_id] = LiveRequest(
             submission, seed=seed, tokenizer=self._tokenizer
         )
-        return Arrival(
-            Request(
-                request_id=submission.request_id,
-                prompt_tokens=len(submission.prompt),
-                max_tokens=sampling.max_tokens,
-                adapter_uid=submission.adapter_uid,
-                arrival_s=submission.arrival_s,
-                expected_tokens=sampling.expected_tokens,
-            )
-        )
+        return Arrival(submission.request())
 
     def _apply(self, plan: Plan, now_s: float) -> None:
         for request_id, why in plan.failed:
@@ -461,7 +436,7 @@ class Engine:
         for question in self._questions:
             question.refuse(reason)
         self._loads.close()
-        self._close_log()
+        self._log.close()
 
     # Helpers.
 

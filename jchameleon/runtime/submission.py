@@ -7,6 +7,7 @@ import numpy as np
 
 from jchameleon.errors import InvalidRequestError
 from jchameleon.runtime.outbox import Outbox
+from jchameleon.runtime.policy.request import Request
 from jchameleon.sampling import SamplingParams, shown
 
 
@@ -26,6 +27,17 @@ class Submission:
     adapter_uid: str | None
     arrival_s: float
     outbox: Outbox
+
+    def request(self) -> Request:
+        """Return what policies see of it."""
+        return Request(
+            request_id=self.request_id,
+            prompt_tokens=len(self.prompt),
+            max_tokens=self.sampling.max_tokens,
+            adapter_uid=self.adapter_uid,
+            arrival_s=self.arrival_s,
+            expected_tokens=self.sampling.expected_tokens,
+        )
 
 
 def check_request_id(request_id: str) -> None:

@@ -61,6 +61,7 @@ class Candidates:
 
     Attributes:
       adapters: the adapter of each row.
+      largest_order: the latest registration that has ever been a candidate.
       total_pages: pages that evicting all of them would free.
       now_s: time of the current plan.
       load_line: (base_s, s_per_page) of a load, the estimate behind `load_s`.
@@ -68,6 +69,7 @@ class Candidates:
 
     def __init__(self, window: UseWindow) -> None:
         self.adapters: list[Adapter] = []
+        self.largest_order = -1
         self.total_pages = 0
         self.now_s = 0.0
         self.load_line = (0.0, 1.0)
@@ -137,6 +139,7 @@ class Candidates:
         self._last_used_s[row] = adapter.last_used_s
         self._unused[row] = adapter.unused
         self.adapters.append(adapter)
+        self.largest_order = max(self.largest_order, adapter.order)
         self.total_pages += adapter.num_pages
         adapter.row = row
 

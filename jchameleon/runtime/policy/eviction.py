@@ -122,14 +122,17 @@ class Gdsf:
     def score(self, table: Candidates) -> np.ndarray:
         """Return clock at last use + uses x reload seconds / pages, f64[n]."""
         order = table.order
-        self._grow(int(order.max()))
+        self._grow(table.largest_order)
         clock = self._clock_at_use.take(order)
-        fresh = clock < 0
-        if fresh.any():
+        if clock.min() < 0:
+            fresh = clock < 0
             clock[fresh] = self._clock
             self._clock_at_use[order[fresh]] = self._clock
-        uses = np.maximum(self._uses.take(order), 1)
-        return clock + uses * (table.load_s / table.num_pages)
+        score = np.maximum(self._uses.take(order), 1)
+        score *= table.load_s
+        score /= table.num_pages
+        score += clock
+        return score
 
     def _grow(self, order: int) -> None:
         more = max(order + 1, 2 * self._uses.size) - self._uses.size
@@ -174,15 +177,19 @@ def choose_victims(
         f"eviction candidates hold {table.total_pages} of {short_pages} pages"
     )
     scores = np.asarray(policy.score(table), np.float64)
-    if scores.shape != (len(table),) or np.isnan(scores).any():
+    # The minimum of an array with a NaN is NaN, in one pass.
+    if scores.shape != (len(table),) or np.isnan(scores.min()):
         raise ValueError(
             f"{type(policy).__name__}.score must return {len(table)} numbers without "
             f"NaN, got shape {scores.shape}"
         )
-    wanted = table.queued > 0
     victims: list[tuple[Adapter, float]] = []
-    for group in (~wanted, wanted):
-        if not group.any():
+    groups: tuple[np.ndarray | None, ...] = (None,)
+    if table.queued.any():
+        wanted = table.queued > 0
+        groups = (~wanted, wanted)
+    for group in groups:
+        if group is not None and not group.any():
             continue
         rows = _lowest(group, scores, table, short_pages)
         freed = np.cumsum(table.num_pages[rows])
@@ -195,7 +202,7 @@ def choose_victims(
 
 
 def _lowest(
-    group: np.ndarray,  # bool[n], at least one
+    group: np.ndarray | None,  # bool[n], at least one; None is all
     scores: np.ndarray,  # f64[n]
     table: Candidates,
     short_pages: int,
@@ -205,14 +212,19 @@ def _lowest(
     The single lowest is tried before the most that could be needed: one victim is the
     usual case, and a minimum is some 40 times cheaper than a partition (n = 10,000).
     """
-    values = np.where(group, scores, np.inf)
-    # `group` once more, as scores may be infinite too.
-    rows = np.flatnonzero((scores == values.min()) & group)
+    if group is None:
+        values, size = scores, scores.size
+        rows = np.flatnonzero(scores == scores.min())
+    else:
+        values, size = np.where(group, scores, np.inf), int(np.count_nonzero(group))
+        # `group` once more, as scores may be infinite too.
+        rows = np.flatnonzero((scores == values.min()) & group)
     first = rows[table.order[rows].argmin()]
     if table.num_pages[first] >= short_pages:
         return np.array([first])
     most = -(-short_pages // int(table.num_pages.min()))
-    most = min(most, int(np.count_nonzero(group)))
+    most = min(most, size)
     limit = np.partition(values, most - 1)[most - 1]
-    rows = np.flatnonzero((scores <= limit) & group)
+    below = scores <= limit
+    rows = np.flatnonzero(below if group is None else below & group)
     return rows[np.lexsort((table.order[rows], scores[rows]))]

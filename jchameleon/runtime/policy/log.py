@@ -7,6 +7,7 @@ were, to the last bit; those without a JSON form are written Infinity and NaN. A
 lengths, ids and times of requests, and none of their tokens.
 """
 
+import contextlib
 import dataclasses
 import gzip
 import json
@@ -76,9 +77,14 @@ class PlanLogWriter:
         try:
             # Without name and time in it, equal runs make equal files.
             self._file = open(path, "wb")
-            self._gzip = gzip.GzipFile("", "wb", _COMPRESS_LEVEL, self._file, mtime=0)
-            self._gzip.write(line)
-            self._gzip.flush()
+            with contextlib.ExitStack() as on_error:
+                on_error.callback(self._file.close)
+                self._gzip = gzip.GzipFile(
+                    "", "wb", _COMPRESS_LEVEL, self._file, mtime=0
+                )
+                self._gzip.write(line)
+                self._gzip.flush()
+                on_error.pop_all()
         except (OSError, ValueError) as error:  # ValueError: a null character
             reason = error.strerror if isinstance(error, OSError) else error
             raise ConfigError(

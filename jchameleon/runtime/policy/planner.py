@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 
 from jchameleon.runtime.policy.admission import AdmissionPolicy, Capacity
 from jchameleon.runtime.policy.blame import blaming
-from jchameleon.runtime.policy.candidates import State
 from jchameleon.runtime.policy.estimator import Estimator
 from jchameleon.runtime.policy.events import (
     AdapterPinned,
@@ -23,6 +22,8 @@ from jchameleon.runtime.policy.events import (
     StepDone,
 )
 from jchameleon.runtime.policy.eviction import EvictionPolicy
+from jchameleon.runtime.policy.growth import grow_rows
+from jchameleon.runtime.policy.invariants import check_planner
 from jchameleon.runtime.policy.limits import PlannerConfig
 from jchameleon.runtime.policy.plan import Books, LaneStats, Load, Plan
 from jchameleon.runtime.policy.pool import PagePool
@@ -84,7 +85,7 @@ class Planner:
             self._apply(event, turn)
         self._residency.candidates.load_line = self._estimator.load_line()
         turn.evicted += self._space.drop_expired()
-        self._grow(turn)
+        grow_rows(self, turn)
         turn.outgrown = [r for r in turn.outgrown if r.request_id in self._running]
         with blaming("admission", self._admission):
             self._admission.admit(turn)
@@ -232,44 +233,7 @@ class Planner:
 
     def check(self) -> None:
         """Assert that pool, adapter table, line and rows agree; for tests."""
-        config, residency = self.config, self._residency
-        self._pool.check()
-        residency.check()
-        books = self.books()
-        assert config.usable_pages == (
-            books.free_pages
-            + books.kv_pages
-            + books.resident_pages
-            + books.loading_pages
-        ), f"pages do not add up: {books}"
-        assert books.running <= config.max_running
-        assert not self._running.keys() & self._waiting.keys()
-        assert books.kv_pages == sum(r.kv_pages for r in self._running.values())
-        refs: dict[str, int] = {}
-        queued: dict[str, int] = {}
-        for request_id, row in self._running.items():
-            request = row.request
-            pages = self._pool.pages_of(("kv", request_id))
-            held_tokens = len(pages) * config.block_tokens
-            most = config.kv_pages(request.prompt_tokens, request.max_tokens)
-            assert len(pages) == row.kv_pages <= most, f"{request_id}: page count"
-            # KV entries of all but the last token that plans have asked for.
-            assert request.prompt_tokens + row.planned_tokens - 1 <= held_tokens
-            assert 0 <= row.prefilled_tokens <= row.prefill_tokens
-            assert row.produced_tokens <= row.planned_tokens <= request.max_tokens
-            assert row.squashes <= config.max_squashes, f"{request_id}: squashes"
-            if row.adapter is not None:
-                uid = row.adapter.uid
-                assert row.adapter.state is not State.ABSENT, f"{request_id}: no {uid}"
-                refs[uid] = refs.get(uid, 0) + 1
-        for row in self._waiting.values():
-            assert row.kv_pages == 0 and row.settled
-            if row.adapter is not None:
-                uid = row.adapter.uid
-                queued[uid] = queued.get(uid, 0) + 1
-        for stats in map(residency.stats, residency.uids()):
-            assert stats.running == refs.get(stats.uid, 0), f"{stats.uid}: references"
-            assert stats.queued == queued.get(stats.uid, 0), f"{stats.uid}: queued"
+        check_planner(self)
 
     @property
     def _capacity(self) -> Capacity:
@@ -383,58 +347,11 @@ class Planner:
                 with blaming("predictor", self._predictor):
                     self._predictor.observe(row.request, row.produced_tokens)
 
-    def _grow(self, turn: Turn) -> None:
-        """Give a page to each row whose next token has no room, the oldest first.
-
-        Free pages and idle adapters go first; then the youngest row that is younger
-        and has not been squashed too often waits again; else the row itself skips this
-        step. So the oldest row always gets on, or waits for rows that hold all they
-        will ever need (those squashed too often), which end.
-        """
-        block_tokens = self.config.block_tokens
-        short = [
-            row
-            for row in self._running.values()
-            if row.request.prompt_tokens + row.planned_tokens
-            > row.kv_pages * block_tokens
-            and row.decodes
-        ]
-        for row in sorted(short, key=lambda row: row.seq):
-            request_id = row.request.request_id
-            if self._running.get(request_id) is not row:
-                continue  # squashed for an older one
-            while not self._space.can_free(1):
-                victim = self._youngest_after(row)
-                if victim is None:
-                    break
-                self._squash(victim, "growth", turn)
-                self._growth_squashes += 1
-                turn.requeued.append(victim.request)
-                turn.return_to_line(victim)
-            if self._space.can_free(1):
-                turn.evicted += self._space.free(1)
-                turn.grown.append((request_id, self._space.extend(row)))
-                self._grown_pages += 1
-            else:
-                row.stalled = True
-                self._stalls += 1
-
     def _may_grow(self, row: Row) -> bool:
         """Return whether a running row holds fewer pages than it may come to need."""
         request = row.request
         most = self.config.kv_pages(request.prompt_tokens, request.max_tokens)
         return row.kv_pages < most
-
-    def _youngest_after(self, row: Row) -> Row | None:
-        """Return the youngest row that may be squashed in favour of `row`."""
-        younger = [
-            other
-            for other in self._running.values()
-            if other.seq > row.seq
-            and other.settled
-            and other.squashes < self.config.max_squashes
-        ]
-        return max(younger, key=lambda other: other.seq, default=None)
 
     def _squash(self, row: Row, reason: str, turn: Turn) -> None:
         """Take a running request's pages and let it wait again."""
