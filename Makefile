@@ -34,7 +34,7 @@ help:
 	@echo "make format         rewrite the sources as the linter wants them"
 	@echo "make smoke-py312    a short run on Python 3.12, without torch"
 	@echo "make bench-planner  the planner against its bars (3 minutes, idle machine)"
-	@echo "make experiments    policy presets on the real engine (90 minutes, idle machine)"
+	@echo "make experiments    policy presets on the real engine (an hour, idle machine)"
 	@echo "make clean          remove environments, caches and built files"
 
 .venv-demo/.ready: pyproject.toml

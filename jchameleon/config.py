@@ -197,7 +197,8 @@ class EngineConfig:
         machines whose device memory is host memory; None emulates nothing.
       link_latency_s: seconds that the emulated link adds to every load.
       policy: how requests and adapters are scheduled: a preset of `configs/policies/`,
-        a path that ends in .toml, or a table (docs/policies.md).
+        a path that ends in .toml, or a table (docs/policies.md). The default keeps
+        arrival order: lanes have not paid on this engine yet (docs/experiments.md).
       plan_log: file that records events and plans for a replay; None records nothing.
       seed: seeds requests that bring none.
     """
@@ -215,7 +216,7 @@ class EngineConfig:
     host_cache_bytes: int = 4 << 30
     link_bytes_per_s: float | None = None
     link_latency_s: float = 0.0
-    policy: str | Path | Mapping[str, Any] = "adaptive"
+    policy: str | Path | Mapping[str, Any] = "chameleon-nosched"
     plan_log: str | Path | None = None
     seed: int = 0
 

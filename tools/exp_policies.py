@@ -68,10 +68,10 @@ RATES = {"gemm_width": 1024, "read_bytes": 64 << 20}
 
 
 SIZES: dict[str, dict[str, Any]] = {
-    "tiny": {"scale": 0.25, "num_requests": 200, "loads": (0.5, 0.7, 0.9, 1.1)},
-    "smollm2-135m": {"scale": 0.05, "num_requests": 50, "loads": (0.7, 1.0)},
+    "tiny": {"scale": 0.25, "num_requests": 200, "loads": (0.7, 1.0, 1.3)},
+    "smollm2-135m": {"scale": 0.05, "num_requests": 40, "loads": (0.7, 1.0)},
 }
-"""What 10 presets and 5 seeds take half an hour (tiny) or three quarters for on two
+"""What 10 presets and 5 seeds take a quarter of an hour (tiny) or a half for on two
 cores: the scale leaves a request some KV pages and the rate some requests a second."""
 
 QUICK: dict[str, Any] = {
