@@ -77,6 +77,8 @@ class Candidates:
         self._ints = np.zeros((4, 16), np.int64)  # order, pages, rank, queued
         self._last_used_s = np.zeros(16, np.float64)
         self._unused = np.zeros(16, np.bool_)
+        self._unwanted = np.zeros(16, np.bool_)
+        self._per_page = np.ones(16, np.float64)
 
     def __len__(self) -> int:
         return len(self.adapters)
@@ -92,6 +94,11 @@ class Candidates:
         return _frozen(self._ints[1, : len(self.adapters)])
 
     @property
+    def per_page(self) -> np.ndarray:
+        """One over `num_pages`, f64[n]: a product costs a third of a division."""
+        return _frozen(self._per_page[: len(self.adapters)])
+
+    @property
     def rank(self) -> np.ndarray:
         """Largest rank of each adapter, i64[n]."""
         return _frozen(self._ints[2, : len(self.adapters)])
@@ -100,6 +107,11 @@ class Candidates:
     def queued(self) -> np.ndarray:
         """Waiting requests that name each adapter, i64[n]."""
         return _frozen(self._ints[3, : len(self.adapters)])
+
+    @property
+    def unwanted(self) -> np.ndarray:
+        """Whether no waiting request names the adapter, bool[n]."""
+        return _frozen(self._unwanted[: len(self.adapters)])
 
     @property
     def frequency(self) -> np.ndarray:
@@ -130,6 +142,8 @@ class Candidates:
             self._ints = np.pad(self._ints, ((0, 0), (0, row)))
             self._last_used_s = np.pad(self._last_used_s, (0, row))
             self._unused = np.pad(self._unused, (0, row))
+            self._unwanted = np.pad(self._unwanted, (0, row))
+            self._per_page = np.pad(self._per_page, (0, row))
         self._ints[:, row] = (
             adapter.order,
             adapter.num_pages,
@@ -138,6 +152,8 @@ class Candidates:
         )
         self._last_used_s[row] = adapter.last_used_s
         self._unused[row] = adapter.unused
+        self._unwanted[row] = adapter.queued == 0
+        self._per_page[row] = 1.0 / adapter.num_pages
         self.adapters.append(adapter)
         self.largest_order = max(self.largest_order, adapter.order)
         self.total_pages += adapter.num_pages
@@ -155,6 +171,8 @@ class Candidates:
             self._ints[:, row] = self._ints[:, end]
             self._last_used_s[row] = self._last_used_s[end]
             self._unused[row] = self._unused[end]
+            self._unwanted[row] = self._unwanted[end]
+            self._per_page[row] = self._per_page[end]
             last.row = row
         self.total_pages -= adapter.num_pages
         adapter.row = -1
@@ -163,6 +181,7 @@ class Candidates:
         """Copy the adapter's count of waiting requests into its row, if it has one."""
         if adapter.row >= 0:
             self._ints[3, adapter.row] = adapter.queued
+            self._unwanted[adapter.row] = adapter.queued == 0
 
 
 def _frozen(column: np.ndarray) -> np.ndarray:

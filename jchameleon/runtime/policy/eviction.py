@@ -128,9 +128,10 @@ class Gdsf:
             fresh = clock < 0
             clock[fresh] = self._clock
             self._clock_at_use[order[fresh]] = self._clock
-        score = np.maximum(self._uses.take(order), 1)
-        score *= table.load_s
-        score /= table.num_pages
+        base_s, s_per_page = table.load_line
+        score = table.per_page * base_s  # reload seconds / pages
+        score += s_per_page
+        score *= np.maximum(self._uses.take(order), 1)
         score += clock
         return score
 
@@ -184,12 +185,9 @@ def choose_victims(
             f"NaN, got shape {scores.shape}"
         )
     victims: list[tuple[Adapter, float]] = []
-    groups: tuple[np.ndarray | None, ...] = (None,)
-    if table.queued.any():
-        wanted = table.queued > 0
-        groups = (~wanted, wanted)
-    for group in groups:
-        if group is not None and not group.any():
+    unwanted = table.unwanted
+    for group in (unwanted, ~unwanted):
+        if not group.any():
             continue
         rows = _lowest(group, scores, table, short_pages)
         freed = np.cumsum(table.num_pages[rows])
@@ -202,7 +200,7 @@ def choose_victims(
 
 
 def _lowest(
-    group: np.ndarray | None,  # bool[n], at least one; None is all
+    group: np.ndarray,  # bool[n], at least one
     scores: np.ndarray,  # f64[n]
     table: Candidates,
     short_pages: int,
@@ -212,19 +210,15 @@ def _lowest(
     The single lowest is tried before the most that could be needed: one victim is the
     usual case, and a minimum is some 40 times cheaper than a partition (n = 10,000).
     """
-    if group is None:
-        values, size = scores, scores.size
-        rows = np.flatnonzero(scores == scores.min())
-    else:
-        values, size = np.where(group, scores, np.inf), int(np.count_nonzero(group))
-        # `group` once more, as scores may be infinite too.
-        rows = np.flatnonzero((scores == values.min()) & group)
+    values = np.where(group, scores, np.inf)
+    rows = np.flatnonzero(values == values[values.argmin()])
+    if rows.size > 1:  # scores may be infinite too
+        rows = rows[group[rows]]
     first = rows[table.order[rows].argmin()]
     if table.num_pages[first] >= short_pages:
         return np.array([first])
     most = -(-short_pages // int(table.num_pages.min()))
-    most = min(most, size)
+    most = min(most, int(np.count_nonzero(group)))
     limit = np.partition(values, most - 1)[most - 1]
-    below = scores <= limit
-    rows = np.flatnonzero(below if group is None else below & group)
+    rows = np.flatnonzero((scores <= limit) & group)
     return rows[np.lexsort((table.order[rows], scores[rows]))]

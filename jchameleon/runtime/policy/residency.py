@@ -246,6 +246,8 @@ class Residency:
                 assert table.num_pages[row] == adapter.num_pages
                 assert table.rank[row] == adapter.rank
                 assert table.queued[row] == adapter.queued
+                assert table.unwanted[row] == (adapter.queued == 0)
+                assert table.per_page[row] == 1 / adapter.num_pages
                 assert table.order[row] == adapter.order
                 assert table.unused[row] == adapter.unused
                 assert table.last_used_s[row] == adapter.last_used_s
