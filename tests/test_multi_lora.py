@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from jchameleon.config import PROJECTIONS, ModelConfig
 from jchameleon.lora.adapter import HostAdapter, LoraPair
 from jchameleon.lora.layout import ChunkLayout
+from jchameleon.pallas.cpu_lora import multi_lora_cpu
 from jchameleon.pallas.multi_lora import (
     CHUNKS_PER_ITEM,
     LoraWork,
@@ -21,6 +22,7 @@ from jchameleon.pallas.multi_lora import (
     multi_lora,
     tile_tokens,
 )
+from jchameleon.pallas.operations import operations
 from jchameleon.pallas.reference import multi_lora_reference
 
 QKVO = ("q", "k", "v", "o")
@@ -34,7 +36,12 @@ RANKS = (1, 8, 17, 24, 64, 128, 200)
 MORE_RANKS = RANKS * 2 + (16, 2) + (1, 8, 5, 9) * 12
 """64 adapters: a decode step of 64 rows may bring one each."""
 MAX_CHUNKS = 25
-FORMS = {"xla": multi_lora, "reference": multi_lora_reference}
+FORMS = {
+    "xla": multi_lora,
+    "cpu": multi_lora_cpu,
+    "reference": multi_lora_reference,
+}
+operations("cpu", platform="cpu", dtype=np.dtype(np.float32))  # compiles it
 
 # Widths that are no multiples of 64, so that blocks are padded and straddle pages.
 ODD = ModelConfig(
@@ -142,6 +149,11 @@ def compiled(form, layout, name):
     return jax.jit(functools.partial(FORMS[form], group=group_of(layout, name)))
 
 
+def forms(dtype):
+    """Return the names of the forms that serve an element type."""
+    return [form for form in FORMS if form != "cpu" or dtype == np.float32]
+
+
 def fused_width(model, name):
     return sum(model.projection_shape(p)[1] for p in FUSED[name])
 
@@ -213,7 +225,7 @@ def check(world, name, token_adapter, *, query_tile=1, seed=0):
     # A rounding of each factor, product and sum; float32 sums have more of them.
     eps = 2.0**-8 if world.pool.dtype == ml_dtypes.bfloat16 else 2.0**-20
     bits = f"u{world.pool.dtype.itemsize}"
-    for form in FORMS:
+    for form in forms(y.dtype):
         found = run(form, world, name, y, x, token_adapter, query_tile)
         assert found.dtype == y.dtype
         error = np.abs(found.astype(np.float64) - expected)
@@ -327,14 +339,14 @@ def test_overflow_of_one_adapter_does_not_reach_others(dtype):
     batch = np.array([4, -1, 3, 4] * 4, np.int32)
     y, x = random_inputs(world, "qkv", 16)
     x[:, 1::4] *= x.dtype.type(8)  # a base token that overflows there, were it let in
-    clean = [run(form, world, "qkv", y, x, batch, 1) for form in FORMS]
+    clean = [run(form, world, "qkv", y, x, batch, 1) for form in forms(x.dtype)]
     huge = dataclasses.replace(world, pool=world.pool.copy())
     pages = huge.pages[4].ravel()
     huge.pool[pages] = np.where(
         np.isnan(huge.pool[pages]), huge.pool[pages], np.asarray(3e38, dtype)
     )
     others = batch != 4
-    for form, before in zip(FORMS, clean, strict=True):
+    for form, before in zip(forms(x.dtype), clean, strict=True):
         found = run(form, huge, "qkv", y, x, batch, 1).astype(np.float32)
         assert not np.isfinite(found[:, ~others]).any(), form
         assert (found[:, others] == before[:, others].astype(np.float32)).all(), form
@@ -469,12 +481,13 @@ def test_base_rows_alone_need_no_item():
         assert not work["pages"].any()
 
 
-def test_one_program_serves_every_mix():
+@pytest.mark.parametrize("form", ["xla", "cpu"])
+def test_one_program_serves_every_mix(form):
     world = mixed_world()
     y, x = random_inputs(world, "qkv", 16)
-    function = compiled("xla", world.layout, "qkv")
-    run("xla", world, "qkv", y, x, np.full(16, -1, np.int32), 1)
+    function = compiled(form, world.layout, "qkv")
+    run(form, world, "qkv", y, x, np.full(16, -1, np.int32), 1)
     programs = function._cache_size()
     for batch in decode_batches(16, len(MORE_RANKS)):
-        run("xla", world, "qkv", y, x, np.asarray(batch, np.int32), 1)
+        run(form, world, "qkv", y, x, np.asarray(batch, np.int32), 1)
     assert function._cache_size() == programs

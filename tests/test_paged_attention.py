@@ -15,7 +15,9 @@ from jchameleon.config import PROJECTIONS, TRASH_PAGE, ModelConfig
 from jchameleon.lora.layout import ChunkLayout
 from jchameleon.models.llama import Llama
 from jchameleon.models.params import random_params
+from jchameleon.pallas.cpu_attention import paged_attention_cpu
 from jchameleon.pallas.multi_lora import LoraWork, build_lora_work, max_work_items
+from jchameleon.pallas.operations import CPU, XLA, operations
 from jchameleon.pallas.paged_attention import (
     CONTEXT_TOKENS_PER_STEP,
     paged_attention,
@@ -27,10 +29,19 @@ from jchameleon.pallas.reference import (
 )
 from jchameleon.runtime.programs import ModelParams, StepBatch, model_step
 
+operations("cpu", platform="cpu", dtype=np.dtype(np.float32))  # compiles it
+
 FORMS = {
     "xla": (write_kv, paged_attention),
+    "cpu": (write_kv, paged_attention_cpu),
     "reference": (write_kv_reference, paged_attention_reference),
 }
+
+
+def forms(shape):
+    """Return the names of the forms that serve an element type."""
+    return [form for form in FORMS if form != "cpu" or shape.dtype == "float32"]
+
 
 # Both sides of a block's edge, of a loop turn's edge, and several turns.
 CONTEXTS = (1, 15, 16, 17, 127, 128, 129, 300)
@@ -164,7 +175,7 @@ def check_step(shape, parts, *, num_tokens, tile, max_context=300, seed=0):
         [attend_densely(q[:, :, token], ks, vs) for token, ks, vs in queries], axis=-1
     )
     tolerance = 2e-5 if dtype == np.float32 else 3e-2
-    for form in FORMS:
+    for form in forms(shape):
         new_pool, out = compiled(form, shape)(pool, *inputs)
         new_pool, out = np.array(new_pool), np.asarray(out)
         assert out.dtype == dtype
@@ -293,8 +304,9 @@ def tiny_params():
     return ModelParams.from_model(Llama(config, jax.tree.map(jnp.asarray, params)))
 
 
+@pytest.mark.parametrize("ops", [XLA, CPU], ids=lambda ops: ops.name)
 @pytest.mark.parametrize(("num_tokens", "tile"), [(1, 1), (4, 1), (32, 32)])
-def test_compiled_step_updates_the_pool_in_place(num_tokens, tile):
+def test_compiled_step_updates_the_pool_in_place(num_tokens, tile, ops):
     config = ModelConfig.preset("tiny")
     block_tokens, num_pages, max_blocks = 16, 5003, 32
     layout = ChunkLayout(
@@ -320,7 +332,11 @@ def test_compiled_step_updates_the_pool_in_place(num_tokens, tile):
     pool = jax.ShapeDtypeStruct((num_pages, layout.page_elems), jnp.float32)
     pool_bytes = num_pages * layout.page_elems * 4
     step = functools.partial(
-        model_step, treedef=params.treedef, layout=layout, block_tokens=block_tokens
+        model_step,
+        treedef=params.treedef,
+        layout=layout,
+        block_tokens=block_tokens,
+        ops=ops,
     )
     program = (
         jax.jit(step, donate_argnums=1)

@@ -21,6 +21,7 @@ from jchameleon.config import PREFILL_TILE_TOKENS, TRASH_PAGE, EngineConfig, Mod
 from jchameleon.errors import ConfigError
 from jchameleon.lora.layout import ChunkLayout
 from jchameleon.pallas.multi_lora import LoraWork, build_lora_work, max_work_items
+from jchameleon.pallas.operations import XLA, Operations
 from jchameleon.runtime.programs import (
     ModelParams,
     StepBatch,
@@ -84,6 +85,7 @@ class Executor:
         *,
         num_pages: int,
         max_model_len: int,
+        ops: Operations = XLA,
     ):
         """Place the pool on the device of the parameters; nothing compiles yet."""
         self.model = model
@@ -94,6 +96,7 @@ class Executor:
         self.max_blocks = -(-max_model_len // config.kv_block_tokens)
         self.compile_seconds: dict[str, float] = {}
         self._params = params
+        self._ops = ops
         self._max_chunks = layout.num_chunks(config.max_lora_rank)
         self._device = next(iter(params.leaves[0].devices()))
         self._dtype = params.leaves[0].dtype
@@ -305,6 +308,7 @@ class Executor:
             treedef=self._params.treedef,
             layout=self.layout,
             block_tokens=self.config.kv_block_tokens,
+            ops=self._ops,
         )
         self._steps[shape] = (
             jax.jit(step, donate_argnums=1)

@@ -17,8 +17,8 @@ from flax import nnx
 from jchameleon.config import ModelConfig
 from jchameleon.lora.layout import ChunkLayout
 from jchameleon.models.llama import Llama
-from jchameleon.pallas.multi_lora import LoraWork, multi_lora
-from jchameleon.pallas.paged_attention import paged_attention, write_kv
+from jchameleon.pallas.multi_lora import LoraWork
+from jchameleon.pallas.operations import XLA, Operations
 
 
 @jax.tree_util.register_dataclass
@@ -86,6 +86,7 @@ def model_step(
     treedef: Any,
     layout: ChunkLayout,
     block_tokens: int,
+    ops: Operations = XLA,
 ) -> tuple[jax.Array, list[jax.Array]]:
     """Return logits f32[V, R] of `logit_tokens`, and the new pools."""
     model = merge_model(treedef, leaves)
@@ -103,13 +104,16 @@ def model_step(
             graphdef=graphdef,
             layout=layout,
             block_tokens=block_tokens,
+            ops=ops,
         )
         new_pools.append(pool)
     logits = model.logits(x[:, batch.logit_tokens])
     return logits.astype(jnp.float32), new_pools
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "layout", "block_tokens"))
+@functools.partial(
+    jax.jit, static_argnames=("graphdef", "layout", "block_tokens", "ops")
+)
 def _layer_step(
     state: Any,
     x: jax.Array,
@@ -120,6 +124,7 @@ def _layer_step(
     graphdef: Any,
     layout: ChunkLayout,
     block_tokens: int,
+    ops: Operations,
 ) -> tuple[jax.Array, jax.Array]:
     layer = nnx.merge(graphdef, state)
     config: ModelConfig = layer.config
@@ -130,7 +135,7 @@ def _layer_step(
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         nonlocal new_pool
-        new_pool = write_kv(
+        new_pool = ops.write_kv(
             new_pool,
             k,
             v,
@@ -138,7 +143,7 @@ def _layer_step(
             batch.positions % block_tokens,
             block_tokens=block_tokens,
         )
-        return paged_attention(
+        return ops.paged_attention(
             q,
             new_pool,
             batch.page_table,
@@ -151,7 +156,7 @@ def _layer_step(
     def adapt(name: str, h: jax.Array, y: jax.Array) -> jax.Array:
         if name not in groups:
             return y
-        return multi_lora(y, h, new_pool, batch.lora, group=groups[name])
+        return ops.multi_lora(y, h, new_pool, batch.lora, group=groups[name])
 
     x = layer(x, rope, attend=attend, adapt=adapt)
     return x, new_pool

@@ -21,6 +21,8 @@ from jchameleon.lora.layout import ChunkLayout
 from jchameleon.models.embedded import home_dir
 from jchameleon.models.llama import Llama
 from jchameleon.models.loader import LoadedModel
+from jchameleon.models.params import numpy_dtype
+from jchameleon.pallas.operations import keep_compiled, operations
 from jchameleon.runtime.adapters import check_fits
 from jchameleon.runtime.engine import Engine
 from jchameleon.runtime.executor import Executor
@@ -59,6 +61,11 @@ def build_executor(
     for adapter in adapters:
         check_fits(adapter, layout, planner)
     use_compilation_cache()
+    ops = operations(
+        config.backend,
+        platform=jax.default_backend(),
+        dtype=numpy_dtype(config.dtype),
+    )
     log = None
     if config.plan_log is not None:
         policy = load_policy(config.policy)
@@ -71,6 +78,7 @@ def build_executor(
             layout,
             num_pages=num_pages,
             max_model_len=max_model_len,
+            ops=ops,
         )
         executor.warm_up()
     except BaseException:
@@ -122,6 +130,7 @@ def use_compilation_cache() -> None:
             f"cannot write the compilation cache {folder}: {error}; set "
             "JCHAMELEON_HOME to a writable folder"
         ) from error
+    keep_compiled(home_dir() / "numba")
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
