@@ -292,7 +292,7 @@ class Engine:
         caused: list[Event] = [*self._next_events]
         self._next_events = []
         if plan.prefill or plan.decode:
-            caused.append(self._step(plan))
+            caused.append(self._step(plan, start_s))
         return caused
 
     def _receive(self, *, block: bool) -> list[Event]:
@@ -367,10 +367,13 @@ class Engine:
         for load in plan.loads:
             self._loads.start(load)
 
-    def _step(self, plan: Plan) -> StepDone:
+    def _step(self, plan: Plan, iteration_s: float) -> StepDone:
         start_s = time.monotonic()
+        device_s = self._executor.device_s
         drawn = run_step(self._executor, self._live, plan)
+        device_s = self._executor.device_s - device_s
         now_s = time.monotonic()
+        finished = [i for i, token in drawn if self._add_token(i, token, now_s)]
         self._records.append(
             StepRecord(
                 start_s=start_s,
@@ -378,9 +381,9 @@ class Engine:
                 prefill=tuple((c.request_id, c.length) for c in plan.prefill),
                 decode=plan.decode,
                 resident=self._executor.num_resident,
+                host_s=time.monotonic() - iteration_s - device_s,
             )
         )
-        finished = [i for i, token in drawn if self._add_token(i, token, now_s)]
         return StepDone(
             duration_s=now_s - start_s,
             produced=tuple((i, 1) for i, _ in drawn),

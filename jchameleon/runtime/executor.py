@@ -74,7 +74,12 @@ class StepRow:
 
 
 class Executor:
-    """Owns parameters, pool and compiled programs."""
+    """Owns parameters, pool and compiled programs.
+
+    Attributes:
+      compile_seconds: of each program, by name.
+      device_s: seconds spent so far in calls of programs and waits for results.
+    """
 
     def __init__(
         self,
@@ -95,6 +100,7 @@ class Executor:
         self.max_model_len = max_model_len
         self.max_blocks = -(-max_model_len // config.kv_block_tokens)
         self.compile_seconds: dict[str, float] = {}
+        self.device_s = 0.0
         self._params = params
         self._ops = ops
         self._max_chunks = layout.num_chunks(config.max_lora_rank)
@@ -201,12 +207,14 @@ class Executor:
         logits, _ = self._run(rows, prefill=prefill)
         return np.asarray(logits).T[_last_tiles(rows, prefill=prefill)]
 
-    @staticmethod
     def fetch(
-        tokens: jax.Array, rows: Sequence[StepRow], *, prefill: bool
+        self, tokens: jax.Array, rows: Sequence[StepRow], *, prefill: bool
     ) -> list[int]:
         """Wait for a step and return one token per row, `INVALID_TOKEN` included."""
-        return np.asarray(tokens)[_last_tiles(rows, prefill=prefill)].tolist()
+        start_s = time.monotonic()
+        found = np.asarray(tokens)
+        self.device_s += time.monotonic() - start_s
+        return found[_last_tiles(rows, prefill=prefill)].tolist()
 
     def poison(self, pages: Sequence[int]) -> None:
         """Fill pages with NaN (tests: nothing may depend on what unused pages hold)."""
@@ -222,13 +230,18 @@ class Executor:
         buckets = self._prefill_tokens if prefill else self._decode_rows
         num_tokens = self._bucket(buckets, sum(tiles) * tile)
         batch, sampling = self._build(rows, tiles, num_tokens, tile)
+        start_s = time.monotonic()
         logits, self._pools = self._steps[tile, num_tokens](
             self._params.leaves, self._pools, batch
         )
+        self.device_s += time.monotonic() - start_s
         return logits, sampling
 
     def _sample(self, logits: jax.Array, sampling: SamplingBatch) -> jax.Array:
-        return self._samplers[logits.shape[1]](logits, sampling)
+        start_s = time.monotonic()
+        tokens = self._samplers[logits.shape[1]](logits, sampling)
+        self.device_s += time.monotonic() - start_s
+        return tokens
 
     def _build(
         self, rows: Sequence[StepRow], tiles: Sequence[int], num_tokens: int, tile: int

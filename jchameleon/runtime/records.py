@@ -13,6 +13,8 @@ class StepRecord:
       prefill: (request id, prompt tokens run) of each chunk.
       decode: ids of the requests that decoded.
       resident: adapters on the device.
+      host_s: of the whole iteration, what did not go into device calls and waits:
+        planning, building the batch, bookkeeping, detokenising.
     """
 
     start_s: float
@@ -20,3 +22,4 @@ class StepRecord:
     prefill: tuple[tuple[str, int], ...]
     decode: tuple[str, ...]
     resident: int
+    host_s: float
