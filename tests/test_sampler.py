@@ -19,12 +19,16 @@ from jchameleon.runtime.sampler import (
 )
 
 compiled_sample = jax.jit(sample)
-compiled_kept = jax.jit(kept_tokens)
+compiled_kept_min_p = jax.jit(kept_tokens)
 compiled_kth = jax.jit(kth_largest)
 compiled_mass = jax.jit(mass_threshold)
 
 ROWS, VOCAB = 16, 24
 SMALLEST_NORMAL = np.float32(2.0**-126)
+
+
+def compiled_kept(scaled, top_k, top_p):
+    return compiled_kept_min_p(scaled, top_k, top_p, np.zeros_like(top_p))
 
 
 def sampling(num_rows, **values):

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -21,13 +21,15 @@ from jchameleon.config import PREFILL_TILE_TOKENS, TRASH_PAGE, EngineConfig, Mod
 from jchameleon.errors import ConfigError
 from jchameleon.lora.layout import ChunkLayout
 from jchameleon.pallas.multi_lora import LoraWork, build_lora_work, max_work_items
+from jchameleon.runtime.drawing import Drawing, Draws, RowSampling
 from jchameleon.runtime.programs import (
     ModelParams,
     StepBatch,
     commit_load,
     model_step,
+    prefill_step,
 )
-from jchameleon.runtime.sampler import SamplingBatch, empty_sampling, sample
+from jchameleon.runtime.scoring import Scores, Scoring, Targets
 from jchameleon.runtime.transfer import Piece, piece_pages
 
 logger = logging.getLogger(__name__)
@@ -43,17 +45,6 @@ PREFILL_SIZES = 5
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class RowSampling:
-    """How to draw a row's next token; see `SamplingBatch` for the fields."""
-
-    temperature: float
-    top_k: int
-    top_p: float
-    seed: tuple[int, int]
-    position: int
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class StepRow:
     """One request's part of a step.
 
@@ -63,6 +54,7 @@ class StepRow:
       pages: i32[NB], the request's KV pages, padded with 0.
       adapter_uid: resident adapter, or None.
       sampling: how to draw the next token; None inside a prompt.
+      targets: prompt tokens to score; in prefill only.
     """
 
     tokens: np.ndarray
@@ -70,6 +62,15 @@ class StepRow:
     pages: np.ndarray
     adapter_uid: str | None
     sampling: RowSampling | None
+    targets: Targets | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class StepResult:
+    """What a dispatched step draws, and what it scores in prefill; fetch either."""
+
+    draws: Draws
+    scores: Scores | None
 
 
 class Executor:
@@ -100,7 +101,8 @@ class Executor:
         self._decode_rows = decode_buckets(config.max_running)
         self._prefill_tokens = prefill_buckets(config.max_batch_tokens)
         self._steps: dict[tuple[int, int], Any] = {}
-        self._samplers: dict[int, Any] = {}
+        self._drawing = Drawing(model.vocab_size, self._device)
+        self._scoring = Scoring(params, model.hidden_size)
         self._commit: Any = None
         self._adapter_pages: dict[str, np.ndarray] = {}
         self._lora_cache: tuple[Any, LoraWork] | None = None
@@ -150,9 +152,14 @@ class Executor:
             for _ in threads.map(self._compile_step, sorted(jobs, reverse=True)):
                 pass
             rows = {sampler_rows(num_tokens // tile) for tile, num_tokens in jobs}
-            for _ in threads.map(self._compile_sampler, sorted(rows)):
+            for _ in threads.map(self._drawing.compile, sorted(rows)):
                 pass
+            for _ in threads.map(self._scoring.compile_gather, self._prefill_tokens):
+                pass
+        self._scoring.compile_score()
         self._compile_commit()
+        self.compile_seconds |= self._drawing.compile_seconds
+        self.compile_seconds |= self._scoring.compile_seconds
         logger.info(
             "compiled %d programs: %s",
             len(self.compile_seconds),
@@ -172,22 +179,17 @@ class Executor:
         del self._adapter_pages[uid]
         self._lora_cache = None  # the same uid may come back in other pages
 
-    def prefill(self, rows: Sequence[StepRow]) -> jax.Array:
-        """Run prompt chunks; see `decode` for what is returned.
+    def prefill(self, rows: Sequence[StepRow]) -> StepResult:
+        """Run prompt chunks, draw where a row says how, score its targets.
 
         Every row takes whole tiles of `PREFILL_TILE_TOKENS`; together at most
-        `max_batch_tokens`.
+        `max_batch_tokens`. Dispatch is asynchronous.
         """
-        return self._sample(*self._run(rows, prefill=True))
+        return self._finish(rows, *self._run(rows, prefill=True))
 
-    def decode(self, rows: Sequence[StepRow]) -> jax.Array:
-        """Run one token per row.
-
-        Returns:
-          i32[bucket] on the device, the next token of each row in order (for
-          prefill: of each row's last tile, see `fetch`); dispatch is asynchronous.
-        """
-        return self._sample(*self._run(rows, prefill=False))
+    def decode(self, rows: Sequence[StepRow]) -> StepResult:
+        """Run one token per row and draw the next; dispatch is asynchronous."""
+        return self._finish(rows, *self._run(rows, prefill=False))
 
     def logits(self, rows: Sequence[StepRow], *, prefill: bool) -> np.ndarray:
         """Run a step as `prefill` or `decode` do, without drawing tokens.
@@ -198,13 +200,6 @@ class Executor:
         logits, _ = self._run(rows, prefill=prefill)
         return np.asarray(logits).T[_last_tiles(rows, prefill=prefill)]
 
-    @staticmethod
-    def fetch(
-        tokens: jax.Array, rows: Sequence[StepRow], *, prefill: bool
-    ) -> list[int]:
-        """Wait for a step and return one token per row, `INVALID_TOKEN` included."""
-        return np.asarray(tokens)[_last_tiles(rows, prefill=prefill)].tolist()
-
     def poison(self, pages: Sequence[int]) -> None:
         """Fill pages with NaN (tests: nothing may depend on what unused pages hold)."""
         index = np.asarray(pages, np.int32)
@@ -212,24 +207,35 @@ class Executor:
 
     def _run(
         self, rows: Sequence[StepRow], *, prefill: bool
-    ) -> tuple[jax.Array, SamplingBatch]:
-        """Dispatch a step; return logits f32[V, tiles] and how to sample each tile."""
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """Dispatch a step; return logits f32[V, tiles] and in prefill its stream."""
         tile = PREFILL_TILE_TOKENS if prefill else 1
         tiles = _row_tiles(rows, prefill=prefill)
         buckets = self._prefill_tokens if prefill else self._decode_rows
         num_tokens = self._bucket(buckets, sum(tiles) * tile)
-        batch, sampling = self._build(rows, tiles, num_tokens, tile)
-        logits, self._pools = self._steps[tile, num_tokens](
+        batch = self._build(rows, tiles, num_tokens, tile)
+        logits, self._pools, *stream = self._steps[tile, num_tokens](
             self._params.leaves, self._pools, batch
         )
-        return logits, sampling
+        return logits, stream[0] if stream else None
 
-    def _sample(self, logits: jax.Array, sampling: SamplingBatch) -> jax.Array:
-        return self._samplers[logits.shape[1]](logits, sampling)
+    def _finish(
+        self, rows: Sequence[StepRow], logits: jax.Array, stream: jax.Array | None
+    ) -> StepResult:
+        prefill = stream is not None
+        draws = self._drawing.draw(
+            logits, [row.sampling for row in rows], _last_tiles(rows, prefill=prefill)
+        )
+        scores = None
+        if stream is not None:
+            tiles = np.array(_row_tiles(rows, prefill=True))
+            firsts = (np.cumsum(tiles) - tiles) * PREFILL_TILE_TOKENS
+            scores = self._scoring.score(stream, [row.targets for row in rows], firsts)
+        return StepResult(draws=draws, scores=scores)
 
     def _build(
         self, rows: Sequence[StepRow], tiles: Sequence[int], num_tokens: int, tile: int
-    ) -> tuple[StepBatch, SamplingBatch]:
+    ) -> StepBatch:
         num_tiles = num_tokens // tile
         block_tokens = self.config.kv_block_tokens
         tokens = np.zeros(num_tokens, np.int32)
@@ -239,7 +245,6 @@ class Executor:
         context = np.ones(num_tiles, np.int32)
         logit_tokens = np.zeros(sampler_rows(num_tiles), np.int32)
         token_adapter = np.full(num_tokens, -1, np.int32)
-        sampling = empty_sampling(len(logit_tokens))
         uids: dict[str, int] = {}
         at = 0  # first tile of the row
         for row, num_row_tiles in zip(rows, tiles, strict=True):
@@ -258,8 +263,6 @@ class Executor:
                 row.start + tile * np.arange(1, num_row_tiles + 1), row.start + count
             )
             logit_tokens[last_tile] = first + count - 1
-            if row.sampling is not None:
-                _set_sampling(sampling, last_tile, row.sampling)
             at += num_row_tiles
         # numpy arrays: the compiled call copies them to the device.
         fields: dict[str, Any] = {
@@ -271,7 +274,7 @@ class Executor:
             "logit_tokens": logit_tokens,
             "lora": self._lora_work(token_adapter, tuple(uids), tile),
         }
-        return StepBatch(**fields), SamplingBatch(**sampling)
+        return StepBatch(**fields)
 
     def _lora_work(
         self, token_adapter: np.ndarray, uids: tuple[str, ...], tile: int
@@ -299,9 +302,9 @@ class Executor:
     def _compile_step(self, shape: tuple[int, int]) -> None:
         tile, num_tokens = shape
         start_s = time.monotonic()
-        batch, _ = self._build([], [], num_tokens, tile)
+        batch = self._build([], [], num_tokens, tile)
         step = functools.partial(
-            model_step,
+            model_step if tile == 1 else prefill_step,
             treedef=self._params.treedef,
             layout=self.layout,
             block_tokens=self.config.kv_block_tokens,
@@ -313,17 +316,6 @@ class Executor:
         )
         name = f"decode[{num_tokens}]" if tile == 1 else f"prefill[{num_tokens}]"
         self.compile_seconds[name] = time.monotonic() - start_s
-
-    def _compile_sampler(self, rows: int) -> None:
-        start_s = time.monotonic()
-        logits = jax.ShapeDtypeStruct(
-            (self.model.vocab_size, rows),
-            jnp.float32,
-            sharding=jax.sharding.SingleDeviceSharding(self._device),
-        )
-        batch = SamplingBatch(**empty_sampling(rows))
-        self._samplers[rows] = jax.jit(sample).lower(logits, batch).compile()
-        self.compile_seconds[f"sample[{rows}]"] = time.monotonic() - start_s
 
     def _compile_commit(self) -> None:
         start_s = time.monotonic()
@@ -384,13 +376,3 @@ def _row_tiles(rows: Sequence[StepRow], *, prefill: bool) -> list[int]:
 def _last_tiles(rows: Sequence[StepRow], *, prefill: bool) -> np.ndarray:
     """Return i64[rows], the last tile of each row within the step."""
     return np.cumsum(_row_tiles(rows, prefill=prefill)) - 1
-
-
-def _set_sampling(
-    fields: Mapping[str, np.ndarray], row: int, values: RowSampling
-) -> None:
-    fields["temperature"][row] = values.temperature
-    fields["top_k"][row] = values.top_k
-    fields["top_p"][row] = values.top_p
-    fields["seed"][row] = values.seed
-    fields["position"][row] = values.position

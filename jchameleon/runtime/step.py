@@ -1,37 +1,61 @@
 """One iteration on the device: the prompt chunks and decode rows of a plan."""
 
+import dataclasses
 from collections.abc import Mapping
 
+import numpy as np
+
+from jchameleon.runtime.drawing import DrawnToken
 from jchameleon.runtime.executor import Executor
 from jchameleon.runtime.live import LiveRequest
 from jchameleon.runtime.policy.plan import Plan
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class StepOutput:
+    """What an iteration produced.
+
+    Attributes:
+      drawn: (request id, token drawn for it).
+      scored: (request id, i32[n, 2, 1 + K] of `pack_logprobs`) of prompt tokens.
+    """
+
+    drawn: list[tuple[str, DrawnToken]]
+    scored: list[tuple[str, np.ndarray]]
+
+
 def run_step(
     executor: Executor, live: Mapping[str, LiveRequest], plan: Plan
-) -> list[tuple[str, int]]:
-    """Run what a plan lays out and return (request id, token) of what was drawn.
+) -> StepOutput:
+    """Run what a plan lays out.
 
     Args:
       live: running requests by id.
     """
+    prompt_ids = [c.request_id for c in plan.prefill]
     prompts = [
         live[c.request_id].row(c.start, c.start + c.length) for c in plan.prefill
     ]
     lives = [live[request_id] for request_id in plan.decode]
     rows = [one.row(one.num_tokens - 1, one.num_tokens) for one in lives]
     # Both are dispatched before either is waited for.
-    prompt_tokens = executor.prefill(prompts) if prompts else None
-    row_tokens = executor.decode(rows) if rows else None
-    drawn: list[tuple[str, int]] = []
-    if prompt_tokens is not None:
-        tokens = executor.fetch(prompt_tokens, prompts, prefill=True)
-        drawn += [
-            (chunk.request_id, token)
-            for chunk, row, token in zip(plan.prefill, prompts, tokens, strict=True)
-            if row.sampling is not None
-        ]
-    if row_tokens is not None:
-        tokens = executor.fetch(row_tokens, rows, prefill=False)
-        drawn += zip(plan.decode, tokens, strict=True)
-    return drawn
+    prefill = executor.prefill(prompts) if prompts else None
+    decode = executor.decode(rows) if rows else None
+    output = StepOutput(drawn=[], scored=[])
+    for step, ids in ((prefill, prompt_ids), (decode, plan.decode)):
+        if step is None:
+            continue
+        draws = step.draws.fetch()
+        output.drawn.extend(
+            (request_id, drawn)
+            for request_id, drawn in zip(ids, draws, strict=True)
+            if drawn is not None
+        )
+        if step.scores is not None:
+            scores = step.scores.fetch()
+            output.scored.extend(
+                (request_id, packed)
+                for request_id, packed in zip(ids, scores, strict=True)
+                if len(packed)
+            )
+    return output
