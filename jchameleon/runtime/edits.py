@@ -36,6 +36,7 @@ class RowEdits:
         self._presence = sampling.presence_penalty
         self._frequency = sampling.frequency_penalty
         self._penalises = sampling.penalises
+        self._biased = bool(sampling.biases)
         self._banned_for = sampling.min_tokens
         banned = sorted(end_token_ids) if sampling.min_tokens else []
         seen = np.unique(prompt).tolist() if self._factor != 1.0 else []
@@ -53,8 +54,10 @@ class RowEdits:
         self._changes[2, self._banned] = np.inf
         self._used = len(ids)
 
-    def __len__(self) -> int:
-        return self._used
+    @property
+    def over(self) -> bool:
+        """Whether no logit is changed from now on."""
+        return not (self._penalises or self._biased or self._banned_for)
 
     @property
     def ids(self) -> np.ndarray:

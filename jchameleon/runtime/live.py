@@ -41,9 +41,8 @@ class LiveRequest:
         self._end_token_ids = frozenset(sampling.stop_token_ids)
         if not sampling.ignore_eos:
             self._end_token_ids |= eos_token_ids
-        self._edits: RowEdits | None = None
-        if sampling.penalises or sampling.biases or sampling.min_tokens:
-            self._edits = RowEdits(sampling, prompt, end_token_ids=self._end_token_ids)
+        edits = RowEdits(sampling, prompt, end_token_ids=self._end_token_ids)
+        self._edits = None if edits.over else edits
         self._prompt_logprobs: list[TokenLogprobs | None] = [None]
         self._owes_prompt_logprobs = sampling.prompt_logprobs is not None
         self._tokens = np.zeros(len(prompt) + sampling.max_tokens, np.int32)
@@ -161,7 +160,7 @@ class LiveRequest:
         self.num_tokens += 1
         if self._edits is not None:
             self._edits.add(token)
-            if not len(self._edits):
+            if self._edits.over:
                 self._edits = None
         if self._first_token_s is None:
             self._first_token_s = now_s
