@@ -4,6 +4,7 @@ with LLM(model="smollm2-135m", adapters={"json": "path/to/peft_dir"}) as llm:
     outputs = llm.generate(["Hi", "Hello"], adapters=["json", None])
 """
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -13,24 +14,29 @@ from types import TracebackType
 from typing import Any, Self
 
 from jchameleon.config import PROJECTIONS, EngineConfig
-from jchameleon.errors import InvalidRequestError, JChameleonError, QueueFullError
+from jchameleon.errors import InvalidRequestError, JChameleonError
 from jchameleon.lora.adapter import HostAdapter
 from jchameleon.lora.peft import load_peft_adapter
 from jchameleon.models.loader import load_model
 from jchameleon.outputs import AdapterInfo, EngineStats, RequestDelta, RequestOutput
+from jchameleon.requests import (
+    Call,
+    CallRequest,
+    Prompt,
+    as_prompt_list,
+    per_prompt,
+)
 from jchameleon.runtime.adapters import AdapterRegistry
+from jchameleon.runtime.completions import prepare_completions
 from jchameleon.runtime.engine import Engine
 from jchameleon.runtime.host_store import HostStore
-from jchameleon.runtime.outbox import Delta, Outbox
+from jchameleon.runtime.outbox import Outbox
 from jchameleon.runtime.policy.presets import build_policies, load_policy
 from jchameleon.runtime.policy.residency import AdapterStats
 from jchameleon.runtime.records import StepRecord
 from jchameleon.runtime.setup import build_executor, start_engine
-from jchameleon.runtime.submission import Submission
 from jchameleon.runtime.transfer import emulated_link
 from jchameleon.sampling import SamplingParams
-
-Prompt = str | Sequence[int]
 
 
 class LLM:
@@ -87,6 +93,7 @@ class LLM:
             loaded, config, self._executor, planner, log, self._registry.get
         )
         self._ids = itertools.count()
+        self._calls: dict[str, Call] = {}
         try:
             for card in cards:
                 self._engine.register_adapter(card)
@@ -127,13 +134,9 @@ class LLM:
             call has run then. A request that fails later is returned with
             finish_reason "error".
         """
-        batch = self._prepare(prompts, adapters, sampling)
-        pieces = [Delta() for _ in batch]
-        for index, _, delta in self._run(batch):
-            pieces[index] = pieces[index].then(delta)
-        return [
-            request.output(piece) for request, piece in zip(batch, pieces, strict=True)
-        ]
+        call = self._call(prompts, adapters, sampling)
+        with self._open(call):
+            return call.outputs()
 
     def stream(
         self,
@@ -146,25 +149,21 @@ class LLM:
         Validation happens here; the requests start at the first `next`. Closing the
         iterator early cancels what still runs.
         """
-        batch = self._prepare(prompts, adapters, sampling)
+        call = self._call(prompts, adapters, sampling)
 
         def deltas() -> Iterator[RequestDelta]:
-            for index, request_id, delta in self._run(batch):
-                yield RequestDelta(
-                    index=index,
-                    request_id=request_id,
-                    text=delta.text,
-                    token_ids=delta.token_ids,
-                    finish_reason=delta.finish_reason,
-                    error=delta.error,
-                    timing=delta.timing,
-                )
+            with self._open(call):
+                yield from call.deltas()
 
         return deltas()
 
     def cancel(self, request_id: str) -> None:
-        """End a running request as "aborted"; unknown ids are ignored."""
-        self._engine.cancel(request_id)
+        """End a request as "aborted", all its completions; unknown ids are ignored."""
+        call = self._calls.get(request_id) if isinstance(request_id, str) else None
+        if call is None:
+            self._engine.cancel(request_id)
+        else:
+            call.cancel(request_id)
 
     def add_adapter(self, name: str, path: str | Path) -> AdapterInfo:
         """Register a PEFT directory while requests run.
@@ -314,12 +313,12 @@ class LLM:
             load_failures=stats.failures,
         )
 
-    def _prepare(
+    def _call(
         self,
         prompts: Prompt | Sequence[Prompt],
         adapters: str | None | Sequence[str | None],
         sampling: SamplingParams | Sequence[SamplingParams] | None,
-    ) -> list["_Prepared"]:
+    ) -> Call:
         """Validate a whole call before any of it runs."""
         prompt_list = as_prompt_list(prompts)
         names = per_prompt("adapters", adapters, (str, type(None)), len(prompt_list))
@@ -330,7 +329,7 @@ class LLM:
             len(prompt_list),
         )
         outbox = Outbox()
-        batch = []
+        requests = []
         for prompt, name, one in zip(prompt_list, names, params, strict=True):
             uid = None if name is None else self._registry.resolve(name)
             if isinstance(prompt, str):
@@ -344,108 +343,24 @@ class LLM:
                 tokens: Sequence[int] = self.tokenizer.encode(prompt)
             else:
                 tokens = prompt
-            submission = self._engine.prepare(
+            submissions = prepare_completions(
+                self._engine,
                 f"req-{next(self._ids)}",
                 tokens,
                 one,
                 adapter_uid=uid,
                 outbox=outbox,
             )
-            batch.append(_Prepared(submission=submission, adapter=name))
-        return batch
+            requests.append(CallRequest(adapter=name, submissions=submissions))
+        return Call(self._engine, requests)
 
-    def _run(self, batch: Sequence["_Prepared"]) -> Iterator[tuple[int, str, Delta]]:
-        """Submit all and yield (index, request id, delta) until all have ended.
-
-        A call may be larger than the engine's queue: what does not fit yet is
-        submitted as earlier requests end.
-        """
-        open_requests: dict[str, int] = {}
-        submitted = 0
+    @contextlib.contextmanager
+    def _open(self, call: Call) -> Iterator[None]:
+        """Let `cancel` find the requests of a call while it runs."""
+        calls = {request.request_id: call for request in call.requests}
+        self._calls.update(calls)
         try:
-            while submitted < len(batch) or open_requests:
-                try:
-                    while submitted < len(batch):
-                        submission = batch[submitted].submission
-                        self._engine.submit(submission)
-                        open_requests[submission.request_id] = submitted
-                        submitted += 1
-                except QueueFullError:
-                    if not open_requests:
-                        raise
-                request_id, delta = batch[0].submission.outbox.get()
-                index = open_requests[request_id]
-                if delta.finish_reason is not None:
-                    del open_requests[request_id]
-                yield index, request_id, delta
+            yield
         finally:
-            for request_id in open_requests:
-                self._engine.cancel(request_id)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class _Prepared:
-    """A validated request of one call; all of a call share an outbox."""
-
-    submission: Submission
-    adapter: str | None
-
-    def output(self, whole: Delta) -> RequestOutput:
-        assert whole.finish_reason is not None and whole.timing is not None
-        return RequestOutput(
-            request_id=self.submission.request_id,
-            adapter=self.adapter,
-            prompt_token_ids=tuple(self.submission.prompt.tolist()),
-            token_ids=whole.token_ids,
-            text=whole.text,
-            finish_reason=whole.finish_reason,
-            error=whole.error,
-            timing=whole.timing,
-        )
-
-
-def as_prompt_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """Return a list of prompts; one string or one list of token ids is one prompt."""
-    if isinstance(prompts, str):
-        return [prompts]
-    if not isinstance(prompts, Sequence) or isinstance(prompts, bytes):
-        raise InvalidRequestError(
-            f"prompts of type {type(prompts).__name__} must be a string, a list of "
-            "strings or a list of lists of token ids"
-        )
-    if not prompts:
-        return []
-    if all(isinstance(item, int) and not isinstance(item, bool) for item in prompts):
-        return [prompts]  # type: ignore[list-item]
-    for item in prompts:
-        if isinstance(item, str):
-            continue
-        if not isinstance(item, Sequence) or isinstance(item, bytes):
-            raise InvalidRequestError(
-                f"prompt {item!r:.60} must be a string or a list of token ids"
-            )
-    return list(prompts)  # type: ignore[arg-type]
-
-
-def per_prompt(field: str, value: Any, kinds: tuple[type, ...], count: int) -> list:
-    """Return one value per prompt; a single value stands for all.
-
-    Raises:
-      InvalidRequestError: wrong type, or a list of another length than the prompts.
-    """
-    if isinstance(value, kinds):
-        return [value] * count
-    if not isinstance(value, Sequence) or isinstance(value, str | bytes):
-        names = " or ".join(kind.__name__ for kind in kinds)
-        raise InvalidRequestError(f"{field}={value!r:.60} must be {names} or a list")
-    for item in value:
-        if not isinstance(item, kinds):
-            names = " or ".join(kind.__name__ for kind in kinds)
-            raise InvalidRequestError(
-                f"{field} has {item!r:.60}, which must be {names}"
-            )
-    if len(value) != count:
-        raise InvalidRequestError(
-            f"{field} has {len(value)} entries for {count} prompts"
-        )
-    return list(value)
+            for request_id in calls:
+                del self._calls[request_id]

@@ -2,50 +2,105 @@
 
 import dataclasses
 
-from jchameleon.runtime.outbox import FinishReason, RequestTiming
+from jchameleon.runtime.outbox import FinishReason, RequestTiming, TokenLogprobs
 from jchameleon.runtime.policy.plan import LaneStats
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class RequestOutput:
-    """A finished request.
+class CompletionOutput:
+    """A finished completion of a prompt.
 
     Attributes:
-      request_id: unique within the engine.
-      adapter: name it was asked for under; None is the base model.
-      prompt_token_ids: what the model read.
-      token_ids: what it produced, with the token that stopped it.
+      index: which one it is, from 0.
+      token_ids: what the model produced, with the token that stopped it.
       text: the tokens as text, without special tokens and before a stop string.
-      finish_reason: "stop", "length", "aborted" or "error".
+      logprobs: of each token, if asked for: token id -> log-probability, the token
+        itself first, then the likeliest.
+      finish_reason: "stop", "length", "time_limit", "aborted" or "error".
       error: what went wrong, or why the engine cut it off.
       timing: where the time went.
     """
 
-    request_id: str
-    adapter: str | None
-    prompt_token_ids: tuple[int, ...]
+    index: int
     token_ids: tuple[int, ...]
     text: str
+    logprobs: tuple[TokenLogprobs, ...] | None
     finish_reason: FinishReason
     error: str | None
     timing: RequestTiming
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class RequestOutput:
+    """A finished request. What it says of a completion is of the first.
+
+    Attributes:
+      request_id: unique within the engine.
+      adapter: name it was asked for under; None is the base model.
+      prompt_token_ids: what the model read.
+      prompt_logprobs: if asked for, of each of them as in `CompletionOutput`, None for
+        the first; None also where the request ended before all were read.
+      outputs: all completions, as many as `SamplingParams.n`.
+    """
+
+    request_id: str
+    adapter: str | None
+    prompt_token_ids: tuple[int, ...]
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] | None
+    outputs: tuple[CompletionOutput, ...]
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """What the model produced, with the token that stopped it."""
+        return self.outputs[0].token_ids
+
+    @property
+    def text(self) -> str:
+        """The tokens as text."""
+        return self.outputs[0].text
+
+    @property
+    def logprobs(self) -> tuple[TokenLogprobs, ...] | None:
+        """Log-probabilities of each token, if asked for."""
+        return self.outputs[0].logprobs
+
+    @property
+    def finish_reason(self) -> FinishReason:
+        """Why it ended."""
+        return self.outputs[0].finish_reason
+
+    @property
+    def error(self) -> str | None:
+        """What went wrong, or why the engine cut it off."""
+        return self.outputs[0].error
+
+    @property
+    def timing(self) -> RequestTiming:
+        """Where the time went."""
+        return self.outputs[0].timing
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class RequestDelta:
-    """A piece of one request's output while it runs.
+    """A piece of one completion's output while it runs.
 
     Attributes:
       index: place of the prompt in the call.
-      request_id: unique within the engine.
-      text, token_ids: what is new since the delta before.
-      finish_reason, error, timing: set in the request's last delta only.
+      completion: which completion of the prompt, from 0.
+      request_id: of the request, unique within the engine.
+      text, token_ids: what is new since the completion's delta before.
+      logprobs: of the new tokens, if asked for.
+      prompt_logprobs: if asked for, once, at the first completion's first token.
+      finish_reason, error, timing: set in the completion's last delta only.
     """
 
     index: int
+    completion: int
     request_id: str
     text: str
     token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...] | None
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] | None
     finish_reason: FinishReason | None
     error: str | None
     timing: RequestTiming | None

@@ -14,7 +14,8 @@ import pytest
 
 from jchameleon.config import PREFILL_TILE_TOKENS
 from jchameleon.llm import LLM
-from jchameleon.runtime.executor import Executor, StepRow
+from jchameleon.runtime.batch import StepRow
+from jchameleon.runtime.executor import Executor
 from jchameleon.runtime.transfer import Piece, piece_pages, split_pieces
 
 TIE_GAP = 1e-4

@@ -39,8 +39,9 @@ FIFO = {
 class LooseEngine:
     """Does what plans say, at odd times and with odd results, and checks nothing."""
 
-    def __init__(self, planner, seed):
+    def __init__(self, planner, seed, priorities=(0,)):
         self.planner = planner
+        self.priorities = priorities
         self.rng = random.Random(seed)
         self.now_s = 1000 * self.rng.random()
         sizes = enumerate((2, 3, 1, 5, 8, 12, 16))
@@ -73,6 +74,7 @@ class LooseEngine:
             adapter_uid=uid,
             arrival_s=self.now_s,
             expected_tokens=rng.choice([None, rng.randint(1, limit)]),
+            priority=rng.choice(self.priorities) if len(self.priorities) > 1 else 0,
         )
         self.left[request.request_id] = rng.choice([limit, rng.randint(1, limit)])
         self.prompts[request.request_id] = prompt
@@ -129,14 +131,14 @@ class Sizeless:
             view.try_admit(request, lane=0, wrs=math.nan)
 
 
-def record(path, policy=FIFO, *, seed=0, steps=200):
+def record(path, policy=FIFO, *, seed=0, steps=200, priorities=(0,)):
     """Log a random run at `path` and return its (now_s, events, plan)."""
     policy = load_policy(policy)
     config = dataclasses.replace(
         CONFIG, kv_reserve=policy.kv_reserve, max_squashes=policy.max_squashes
     )
     planner = Planner(config, **build_policies(policy))
-    engine = LooseEngine(planner, seed)
+    engine = LooseEngine(planner, seed, priorities)
     iterations = []
     with closing(PlanLogWriter(path, config, policy)) as log:
         for _ in range(steps):

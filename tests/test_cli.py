@@ -109,6 +109,21 @@ PROMPT = ["--prompt", "x"]
         (["generate", *PROMPT, "--seed", "-1"], "seed=-1"),
         (["generate", *PROMPT, "--stop", ""], "stop has a string of 0"),
         (["generate", *PROMPT, "--stop-token-id", "-5"], "stop_token_ids=-5"),
+        (["generate", *PROMPT, "--n", "2"], "n=2 must be 1 at temperature=0"),
+        (["generate", *PROMPT, "--n", "65"], "n=65 must be from 1 to 64"),
+        (["generate", *PROMPT, "--min-p", "1.5"], "min_p=1.5"),
+        (["generate", *PROMPT, "--min-tokens", "65"], "min_tokens=65"),
+        (["generate", *PROMPT, "--repetition-penalty", "0"], "repetition_penalty=0.0"),
+        (["generate", *PROMPT, "--presence-penalty", "3"], "presence_penalty=3.0"),
+        (["generate", *PROMPT, "--frequency-penalty", "x"], "--frequency-penalty"),
+        (["generate", *PROMPT, "--logit-bias", "5"], "'5' must be ID=X"),
+        (["generate", *PROMPT, "--logit-bias", "5=x"], "'5=x' must be ID=X"),
+        (["generate", *PROMPT, "--logit-bias", "5=101"], "logit_bias[5]=101.0"),
+        (["generate", *PROMPT, "--logprobs", "21", "--json"], "logprobs=21"),
+        (["generate", *PROMPT, "--logprobs", "1"], "--logprobs needs --json"),
+        (["generate", *PROMPT, "--prompt-logprobs", "1"], "--prompt-logprobs needs"),
+        (["generate", *PROMPT, "--time-limit-s", "nan"], "time_limit_s=nan"),
+        (["generate", *PROMPT, "--truncate-prompt-tokens", "0"], "truncate_prompt"),
         (["generate", *PROMPT, "--dtype", "float16"], "dtype='float16'"),
         (["generate", *PROMPT, "--pool-bytes", "3X"], "'3X' must be a number"),
         (["generate", *PROMPT, "--pool-bytes", "0"], "pool_bytes=0"),
@@ -267,6 +282,40 @@ def test_generate_json_answers_every_prompt_through_its_adapter(tmp_path, capsys
     base, one, two, again = (r["token_ids"] for r in records)
     assert one == again
     assert len({tuple(base), tuple(one), tuple(two)}) == 3
+
+
+def test_generate_json_has_every_completion_and_log_probabilities(capsys):
+    argv = [*TINY, "--json", "--max-tokens", "5", "--ignore-eos", "--n", "3"]
+    argv += ["--temperature", "1", "--seed", "1", "--logprobs", "2"]
+    argv += ["--prompt-logprobs", "0", "--truncate-prompt-tokens", "4"]
+    argv += ["--min-p", "0.001", "--repetition-penalty", "1.1", "--min-tokens", "2"]
+    argv += ["--presence-penalty", "0.1", "--frequency-penalty", "0.1"]
+    argv += ["--logit-bias", "65=-100", "66=-3.5", "--time-limit-s", "600"]
+    argv += ["--include-stop", "--prompt", "some text"]
+    assert ended(argv) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert bytes(record["prompt_token_ids"]) == b"text"
+    first, *rest = record["prompt_logprobs"]
+    assert first is None
+    assert [[int(i) for i in one] for one in rest] == [[i] for i in b"ext"]
+    assert [one["index"] for one in record["outputs"]] == [0, 1, 2]
+    assert len({tuple(one["token_ids"]) for one in record["outputs"]}) == 3
+    for one in record["outputs"]:
+        assert len(one["token_ids"]) == len(one["logprobs"]) == 5
+        for token, found in zip(one["token_ids"], one["logprobs"], strict=True):
+            assert next(iter(found)) == str(token) and 2 <= len(found) <= 3
+            assert all(value <= 0 for value in found.values())
+    for field in ("text", "token_ids", "logprobs", "finish_reason", "timing", "error"):
+        assert record[field] == record["outputs"][0][field]
+
+
+def test_generate_prints_every_completion(capsys):
+    argv = [*TINY, "--max-tokens", "3", "--ignore-eos", "--prompt", "a", "--n", "2"]
+    assert ended([*argv, "--temperature", "1"]) == 0
+    out = capsys.readouterr().out
+    headers = [line for line in out.splitlines() if line.startswith("===")]
+    assert headers[0] == "=== 0 | adapter base | 3 tokens | length | a"
+    assert headers[1] == "=== 0.1 | adapter base | 3 tokens | length | a"
 
 
 def test_generate_prints_labelled_blocks_for_several_prompts(capsys):

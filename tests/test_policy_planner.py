@@ -3,7 +3,6 @@
 import dataclasses
 import heapq
 import random
-from collections import OrderedDict
 
 import pytest
 from hypothesis import given, settings
@@ -17,6 +16,7 @@ from jchameleon.runtime.policy.events import (
     Cancel,
     StepDone,
 )
+from jchameleon.runtime.policy.line import PriorityLine
 from jchameleon.runtime.policy.plan import Load, Plan, PrefillChunk
 from jchameleon.runtime.policy.planner import PlannerConfig
 from jchameleon.runtime.policy.predictor import MaxTokens
@@ -594,15 +594,18 @@ def test_work_per_plan_does_not_grow_with_the_line():
     """Count steps through the line instead of timing them: one look at the head."""
     looked = []
 
-    class Watched(OrderedDict):
-        def items(self):
-            for item in super().items():
-                looked.append(item[0])
-                yield item
+    class Watched(PriorityLine):
+        def values(self):
+            for row in super().values():
+                looked.append(row.request.request_id)
+                yield row
 
     planner = planner_of(dataclasses.replace(CONFIG, num_pages=12))
     events = [Arrival(request_of(f"r{i}", max_tokens=50)) for i in range(3_000)]
     assert planner.plan(0.0, events).admitted == ("r0", "r1")
-    planner._waiting = Watched(planner._waiting)
+    watched = Watched()
+    for request_id in planner._waiting:
+        watched.add(request_id, planner._waiting.get(request_id), 0)
+    planner._waiting = watched
     planner.plan(0.1, [Cancel("r2"), Cancel("r2000")])
     assert looked == ["r3"]

@@ -126,7 +126,11 @@ class Watched(ShortestJobFirst):
             self.arrivals[request.request_id] = len(self.arrivals)
         expected = sorted(
             view.waiting,
-            key=lambda r: (view.predicted_tokens(r), self.arrivals[r.request_id]),
+            key=lambda r: (
+                r.priority,
+                view.predicted_tokens(r),
+                self.arrivals[r.request_id],
+            ),
         )
         before = view.num_running
         super().admit(view)
@@ -140,13 +144,14 @@ class Watched(ShortestJobFirst):
         self.num_back += sum(view.squashes(request) > 0 for request in admitted)
 
 
+@pytest.mark.parametrize("priorities", [(0,), (-7, 0, 0, 3)])
 @pytest.mark.parametrize("kv_reserve", ["predicted", "max_tokens"])
-def test_random_traffic_agrees_with_a_sort_of_the_line(kv_reserve):
+def test_random_traffic_agrees_with_a_sort_of_the_line(kv_reserve, priorities):
     config = dataclasses.replace(TRAFFIC_CONFIG, kv_reserve=kv_reserve)
     admitted = back = held = 0
     for seed in range(6):
         policy = Watched()
-        engine = LooseEngine(sjf_planner(config, policy), seed)
+        engine = LooseEngine(sjf_planner(config, policy), seed, priorities)
         for _ in range(400):
             engine.tick()
         admitted += policy.num_admitted

@@ -155,6 +155,7 @@ class Watched(SLora):
         order = [r for r in fresh if r not in late]
         newest = self.rate >= self.batch
         order = back + (order[::-1] if newest else order)
+        order.sort(key=lambda r: r.priority)
         assert admitted == order[: len(admitted)]
         left = [r for r in line if r not in admitted and r not in late]
         assert list(view.waiting) == left
@@ -170,14 +171,15 @@ class Watched(SLora):
         self.num_back += len([r for r in admitted if r in back])
 
 
-def test_random_traffic_agrees_with_a_reading_of_the_whole_line():
+@pytest.mark.parametrize("priorities", [(0,), (-7, 0, 0, 3)])
+def test_random_traffic_agrees_with_a_reading_of_the_whole_line(priorities):
     # So small a pool that two squashed requests wait at a time.
     config = dataclasses.replace(TRAFFIC_CONFIG, kv_reserve="predicted", num_pages=40)
     newest = oldest = rejected = back = 0
     for seed in range(16):
         policy = Watched(slo_s=2.0 if seed % 2 else 6.0)
         planner = planner_of(config, admission=policy, predictor=Oracle())
-        engine = LooseEngine(planner, seed)
+        engine = LooseEngine(planner, seed, priorities)
         for _ in range(400):
             engine.tick()
             planner.check()

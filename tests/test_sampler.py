@@ -5,6 +5,7 @@ import functools
 import jax
 import numpy as np
 import pytest
+from engine_harness import import_oracle
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -19,12 +20,16 @@ from jchameleon.runtime.sampler import (
 )
 
 compiled_sample = jax.jit(sample)
-compiled_kept = jax.jit(kept_tokens)
+compiled_kept_min_p = jax.jit(kept_tokens)
 compiled_kth = jax.jit(kth_largest)
 compiled_mass = jax.jit(mass_threshold)
 
 ROWS, VOCAB = 16, 24
 SMALLEST_NORMAL = np.float32(2.0**-126)
+
+
+def compiled_kept(scaled, top_k, top_p):
+    return compiled_kept_min_p(scaled, top_k, top_p, np.zeros_like(top_p))
 
 
 def sampling(num_rows, **values):
@@ -88,6 +93,42 @@ def test_kept_tokens_match_sorting(step):
             compared += 1
             assert (found[:, row] == expected).all(), (column, top_k[row], top_p[row])
     assert compared > 0.98 * 60 * ROWS
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
+def test_kept_tokens_are_those_of_the_warpers_of_transformers(temperature):
+    with import_oracle() as oracle:
+        rng = np.random.default_rng(1)
+        logits = (3 * rng.standard_normal((VOCAB, 200))).astype(np.float32)
+        top_k = rng.choice([0, 1, 3, 12], 200).astype(np.int32)
+        top_p = rng.choice([1.0, 0.5, 0.9], 200).astype(np.float32)
+        min_p = rng.choice([0.0, 0.05, 0.3, 1.0], 200).astype(np.float32)
+        scaled = (logits - logits.max(axis=0)) / np.float32(temperature)
+        found = np.asarray(compiled_kept_min_p(scaled, top_k, top_p, min_p))
+        cut = 0
+        for row in range(200):
+            warpers = [oracle.transformers.TemperatureLogitsWarper(temperature)]
+            if top_k[row]:
+                warpers.append(oracle.transformers.TopKLogitsWarper(int(top_k[row])))
+            warpers.append(oracle.transformers.TopPLogitsWarper(float(top_p[row])))
+            warpers.append(oracle.transformers.MinPLogitsWarper(float(min_p[row])))
+            scores = oracle.torch.from_numpy(logits[:, row].copy())[None]
+            for warper in warpers:
+                before = scores
+                scores = warper(None, scores)
+            cut += bool((scores != before).any())
+            expected = np.isfinite(scores[0].numpy())
+            assert (found[:, row] == expected).all(), (top_k[row], top_p[row])
+    assert cut > 50, "min-p must matter"
+
+
+def test_kept_tokens_min_p_is_relative_to_the_best_and_after_top_p():
+    # Of the likeliest two of three, 0.5 and 0.3, the second is 0.6 of the first.
+    scaled = np.log(np.float32([[0.5, 0.3, 0.2]]).T / 0.5)
+    args = np.int32([0]), np.float32([0.7])
+    for min_p, expected in ((0.0, 2), (0.59, 2), (0.61, 1), (1.0, 1)):
+        found = compiled_kept_min_p(scaled, *args, np.float32([min_p]))
+        assert np.asarray(found).sum() == expected, min_p
 
 
 def test_kept_tokens_top_k_keeps_ties_with_the_last():
@@ -215,9 +256,10 @@ DRAWS = 20_000
 LOGITS = np.float32([2.0, 1.5, 1.0, 0.5, 0.0, -0.5, -1.0, 1.5])
 
 
-def probabilities(temperature=1.0, top_k=0, top_p=1.0):
+def probabilities(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
     scaled = (LOGITS - LOGITS.max()) / np.float32(temperature)
     kept, _ = kept_by_sorting(scaled, top_k, top_p)
+    kept &= np.exp(scaled) >= min_p
     weights = np.where(kept, np.exp(scaled.astype(np.float64)), 0.0)
     return weights / weights.sum()
 
@@ -239,6 +281,7 @@ def chi_square(counts, expected):
         {"temperature": 1.0, "top_k": 3},
         {"temperature": 1.5, "top_p": 0.8},
         {"temperature": 0.8, "top_k": 6, "top_p": 0.7},
+        {"temperature": 1.0, "min_p": 0.2},
     ],
 )
 @pytest.mark.parametrize("varies", ["seed", "position"])
@@ -282,6 +325,7 @@ def row_values(num_rows, rng):
         "temperature": rng.choice([0.0, 0.7, 1.0, 3.0], num_rows),
         "top_k": rng.choice([0, 1, 5, 20], num_rows),
         "top_p": rng.choice([1.0, 0.5, 0.9], num_rows),
+        "min_p": rng.choice([0.0, 0.1, 0.5], num_rows),
         "seed": rng.integers(0, 2**32, (num_rows, 2), dtype=np.uint32),
         "position": rng.integers(0, 9000, num_rows),
     }

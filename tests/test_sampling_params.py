@@ -20,14 +20,27 @@ HUGE = 10**5000  # Python refuses to print an int this long.
 def test_defaults_are_as_documented():
     params = SamplingParams()
     assert dataclasses.asdict(params) == {
+        "n": 1,
         "max_tokens": 16,
+        "min_tokens": 0,
         "temperature": 1.0,
         "top_k": 0,
         "top_p": 1.0,
+        "min_p": 0.0,
+        "repetition_penalty": 1.0,
+        "presence_penalty": 0.0,
+        "frequency_penalty": 0.0,
+        "logit_bias": (),
         "seed": None,
         "stop": (),
         "stop_token_ids": (),
+        "include_stop": False,
         "ignore_eos": False,
+        "logprobs": None,
+        "prompt_logprobs": None,
+        "priority": 0,
+        "truncate_prompt_tokens": None,
+        "time_limit_s": None,
         "expected_tokens": None,
     }
     assert not params.greedy
@@ -63,6 +76,25 @@ def test_params_are_frozen_and_hashable():
         ("stop", ("x" * 256,) * 16),
         ("stop_token_ids", tuple(range(64))),
         ("ignore_eos", True),
+        ("n", 64),
+        ("min_tokens", 16),
+        ("min_p", 0.0),
+        ("min_p", 1.0),
+        ("repetition_penalty", 0.01),
+        ("repetition_penalty", 100.0),
+        *[
+            (f"{kind}_penalty", v)
+            for kind in ("presence", "frequency")
+            for v in (-2, 2)
+        ],
+        ("logit_bias", tuple((i, 100.0) for i in range(300))),
+        ("include_stop", True),
+        *[(field, v) for field in ("logprobs", "prompt_logprobs") for v in (0, 20)],
+        ("priority", -(2**31 - 1)),
+        ("priority", 2**31 - 1),
+        ("truncate_prompt_tokens", 1),
+        ("time_limit_s", 1e-9),
+        ("time_limit_s", 604800.0),
     ],
 )
 def test_value_at_the_limit_is_kept(field, value):
@@ -87,6 +119,31 @@ def test_value_at_the_limit_is_kept(field, value):
             for v in (list(range(65)), "12", b"12", 5, None, [2**40])
         ],
         *[("ignore_eos", v) for v in (1, 0, None, "no")],
+        *[("include_stop", v) for v in (1, 0, None, "no")],
+        *[("n", v) for v in (0, -1, 65, 10**6, 1.0, NAN, True, None, "2")],
+        *[("min_tokens", v) for v in (-1, 17, 1.0, NAN, True, None)],
+        *[("min_p", v) for v in (-0.1, 1.0001, NAN, INF, True, None, "0")],
+        *[
+            ("repetition_penalty", v)
+            for v in (0, 0.0, 1e-30, -1.0, 100.1, NAN, INF, -INF, True, None)
+        ],
+        *[
+            (f"{kind}_penalty", v)
+            for kind in ("presence", "frequency")
+            for v in (-2.1, 2.1, NAN, INF, -INF, True, None, "0")
+        ],
+        *[("logit_bias", {5: v}) for v in (NAN, INF, -INF, 100.1, -101, None, "1")],
+        *[("logit_bias", {v: 1.0}) for v in (-1, 2**31, 1.0, "1", True, None)],
+        ("logit_bias", {i: 0.0 for i in range(301)}),
+        *[("logit_bias", v) for v in (None, [(1, 1.0)], ((1, 1.0), (1, 2.0)), 5, "1")],
+        *[
+            (field, v)
+            for field in ("logprobs", "prompt_logprobs")
+            for v in (-1, 21, 10**6, 1.0, NAN, True, "1")
+        ],
+        *[("priority", v) for v in (2**31, -(2**31), 0.0, NAN, True, None, "1")],
+        *[("truncate_prompt_tokens", v) for v in (0, -1, 2**21, 1.0, NAN, True, "1")],
+        *[("time_limit_s", v) for v in (0, -1, NAN, INF, 604801, True, "1")],
     ],
 )
 def test_wrong_value_is_refused_in_one_line_that_names_the_field(field, value):
@@ -145,6 +202,26 @@ def test_numpy_scalars_become_python_numbers():
     assert type(SamplingParams(temperature=1).temperature) is float
 
 
+def test_several_completions_of_a_greedy_request_are_refused():
+    with pytest.raises(InvalidRequestError, match=r"n=2 must be 1 at temperature=0"):
+        SamplingParams(n=2, temperature=0.0)
+    assert SamplingParams(n=2, temperature=0.1).n == 2
+
+
+def test_logit_bias_is_kept_as_pairs_in_the_order_of_ids():
+    params = SamplingParams(logit_bias={np.int32(7): 1, 3: -2.5})
+    assert params.biases == ((3, -2.5), (7, 1.0))
+    assert dataclasses.replace(params, n=3).biases == params.biases
+    assert hash(params) == hash(SamplingParams(logit_bias={3: -2.5, 7: 1.0}))
+
+
+def test_validate_for_refuses_a_biased_id_outside_the_vocabulary():
+    params = SamplingParams(logit_bias={5: 1.0, 258: 1.0})
+    params.validate_for(259)
+    with pytest.raises(InvalidRequestError, match=r"logit_bias has 258, .* 258"):
+        params.validate_for(258)
+
+
 def test_validate_for_refuses_a_stop_id_outside_the_vocabulary():
     params = SamplingParams(stop_token_ids=[5, 258])
     params.validate_for(259)
@@ -159,6 +236,7 @@ ANY_VALUE = st.one_of(
     st.booleans(),
     st.text(max_size=300),
     st.lists(st.one_of(st.text(max_size=3), st.integers()), max_size=20),
+    st.dictionaries(st.integers(), st.floats(), max_size=3),
 )
 
 
@@ -167,7 +245,7 @@ def test_any_value_is_kept_within_its_limits_or_refused(field, value):
     try:
         params = SamplingParams(**{field.name: value})
     except InvalidRequestError as error:
-        assert re.match(rf"{field.name}[ =]", str(error))
+        assert re.match(rf"{field.name}[ =\[]", str(error))
         return
     assert 1 <= params.max_tokens <= 1 << 20
     assert 0 <= params.temperature <= 100
@@ -176,4 +254,16 @@ def test_any_value_is_kept_within_its_limits_or_refused(field, value):
     assert params.seed is None or 0 <= params.seed < 2**32
     assert len(params.stop) <= 16 and all(1 <= len(s) <= 256 for s in params.stop)
     assert all(0 <= token_id < 2**31 for token_id in params.stop_token_ids)
+    assert 1 <= params.n <= 64
+    assert 0 <= params.min_tokens <= params.max_tokens
+    assert 0 <= params.min_p <= 1
+    assert 0.01 <= params.repetition_penalty <= 100
+    assert abs(params.presence_penalty) <= 2 and abs(params.frequency_penalty) <= 2
+    assert all(0 <= i < 2**31 and abs(bias) <= 100 for i, bias in params.biases)
+    for top in (params.logprobs, params.prompt_logprobs):
+        assert top is None or 0 <= top <= 20
+    assert abs(params.priority) < 2**31
+    keep = params.truncate_prompt_tokens
+    assert keep is None or 1 <= keep <= 1 << 20
+    assert params.time_limit_s is None or 0 < params.time_limit_s <= 604800
     assert dataclasses.replace(params) == params

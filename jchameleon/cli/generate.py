@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jchameleon.cli.options import add_model
+from jchameleon.cli.sampling import add_sampling, sampling_params
 from jchameleon.config import EngineConfig
 from jchameleon.errors import (
     InvalidRequestError,
@@ -24,7 +25,7 @@ from jchameleon.sampling import SamplingParams
 
 if TYPE_CHECKING:
     from jchameleon.llm import LLM
-    from jchameleon.outputs import RequestOutput
+    from jchameleon.outputs import CompletionOutput, RequestOutput
 
 BASE = "base"
 """What `--use` calls the model without an adapter."""
@@ -45,16 +46,12 @@ ENGINE_FIELDS = (
 
 def run(args: argparse.Namespace) -> None:
     """Answer prompts; everything that can be checked is, before the model loads."""
-    sampling = SamplingParams(
-        max_tokens=args.max_tokens,
-        temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        seed=args.seed,
-        stop=args.stop,
-        stop_token_ids=args.stop_token_id,
-        ignore_eos=args.ignore_eos,
-    )
+    sampling = sampling_params(args)
+    if not args.json:
+        for field in ("logprobs", "prompt_logprobs"):
+            if getattr(sampling, field) is not None:
+                option = field.replace("_", "-")
+                raise InvalidRequestError(f"--{option} needs --json to show them")
     engine = {
         field: getattr(args, field)
         for field in ENGINE_FIELDS
@@ -69,7 +66,7 @@ def run(args: argparse.Namespace) -> None:
 
     with LLM(args.model, adapters=adapters, dtype=args.dtype, **engine) as llm:
         inputs = _templated(llm, prompts, chat=args.chat)
-        if len(inputs) == 1 and not args.json:
+        if len(inputs) == 1 and sampling.n == 1 and not args.json:
             _stream_one(llm, inputs[0], uses[0], sampling)
             return
         outputs = llm.generate(inputs, adapters=uses, sampling=sampling)
@@ -77,11 +74,13 @@ def run(args: argparse.Namespace) -> None:
         if args.json:
             print(json.dumps(_record(index, output), ensure_ascii=False))
         else:
-            _print_block(index, prompt, output)
-    failed = [output for output in outputs if output.error]
+            for completion in output.outputs:
+                _print_block(index, prompt, output.adapter, completion)
+    completions = [one for output in outputs for one in output.outputs]
+    failed = [one for one in completions if one.error]
     if failed:
         raise RequestFailedError(
-            f"{len(failed)} of {len(outputs)} requests failed, the first with: "
+            f"{len(failed)} of {len(completions)} completions failed, the first with: "
             f"{failed[0].error}"
         )
 
@@ -95,7 +94,7 @@ def add_command(commands: Any) -> None:
     )
     parser.set_defaults(run=run)
     _add_inputs(parser)
-    _add_sampling(parser.add_argument_group("sampling"))
+    add_sampling(parser.add_argument_group("sampling"))
     _add_engine(parser.add_argument_group("engine"))
 
 
@@ -148,46 +147,6 @@ def _add_inputs(parser: argparse.ArgumentParser) -> None:
         help="give each prompt as it is",
     )
     parser.add_argument("--json", action="store_true", help="print one object a reply")
-
-
-def _add_sampling(sampling: Any) -> None:
-    defaults = SamplingParams(max_tokens=64, temperature=0.0)
-    for flag, kind, default, text in (
-        ("--max-tokens", int, defaults.max_tokens, "output tokens at most"),
-        ("--temperature", float, defaults.temperature, "0 takes the likeliest token"),
-        ("--top-k", int, defaults.top_k, "draw among this many; 0 is all"),
-        ("--top-p", float, defaults.top_p, "draw among the likeliest that reach this"),
-    ):
-        sampling.add_argument(
-            flag,
-            type=kind,
-            default=default,
-            metavar="N" if kind is int else "X",
-            help=f"{text} (default: %(default)s)",
-        )
-    sampling.add_argument(
-        "--seed", type=int, metavar="N", help="makes drawn tokens repeatable"
-    )
-    sampling.add_argument(
-        "--stop",
-        action="extend",
-        nargs="+",
-        default=[],
-        metavar="TEXT",
-        help="end the reply before this text; may be repeated",
-    )
-    sampling.add_argument(
-        "--stop-token-id",
-        action="extend",
-        nargs="+",
-        type=int,
-        default=[],
-        metavar="ID",
-        help="end the reply at this token; may be repeated",
-    )
-    sampling.add_argument(
-        "--ignore-eos", action="store_true", help="go on past the model's end token"
-    )
 
 
 def _add_engine(engine: Any) -> None:
@@ -320,28 +279,44 @@ def _stream_one(
         print()
 
 
-def _print_block(index: int, prompt: str, output: "RequestOutput") -> None:
+def _print_block(
+    index: int, prompt: str, adapter: str | None, completion: "CompletionOutput"
+) -> None:
     """Print one labelled reply."""
-    adapter = output.adapter or BASE
+    number = f"{index}.{completion.index}" if completion.index else f"{index}"
+    count = len(completion.token_ids)
     print(
-        f"=== {index} | adapter {adapter} | {len(output.token_ids)} tokens | "
-        f"{output.finish_reason} | {_shortened(prompt)}"
+        f"=== {number} | adapter {adapter or BASE} | {count} tokens | "
+        f"{completion.finish_reason} | {_shortened(prompt)}"
     )
-    print(output.text)
+    print(completion.text)
     print()
 
 
 def _record(index: int, output: "RequestOutput") -> dict[str, Any]:
-    """Return one reply as JSON types."""
+    """Return one prompt's replies as JSON types; what is beside them is the first's."""
+    first, *_ = completions = [_completion(one) for one in output.outputs]
+    del first["index"]
     return {
         "index": index,
         "request_id": output.request_id,
         "adapter": output.adapter,
-        "text": output.text,
-        "token_ids": list(output.token_ids),
-        "finish_reason": output.finish_reason,
-        "timing": dataclasses.asdict(output.timing),
-        "error": output.error,
+        **first,
+        "prompt_token_ids": list(output.prompt_token_ids),
+        "prompt_logprobs": output.prompt_logprobs,
+        "outputs": [{"index": i, **one} for i, one in enumerate(completions)],
+    }
+
+
+def _completion(one: "CompletionOutput") -> dict[str, Any]:
+    return {
+        "index": one.index,
+        "text": one.text,
+        "token_ids": list(one.token_ids),
+        "logprobs": one.logprobs,
+        "finish_reason": one.finish_reason,
+        "timing": dataclasses.asdict(one.timing),
+        "error": one.error,
     }
 
 

@@ -31,6 +31,8 @@ from jchameleon.errors import (
 from jchameleon.lora.adapter import AdapterCard, HostAdapter
 from jchameleon.models.tokenizer import Tokenizer
 from jchameleon.runtime.adapters import check_fits
+from jchameleon.runtime.deadlines import Deadlines
+from jchameleon.runtime.drawing import DrawnToken
 from jchameleon.runtime.engine_log import EngineLog
 from jchameleon.runtime.executor import Executor
 from jchameleon.runtime.live import LiveRequest
@@ -57,6 +59,7 @@ from jchameleon.runtime.submission import (
     check_limits,
     check_request_id,
     prompt_array,
+    truncated,
 )
 from jchameleon.runtime.transfer import AdapterLoader, emulated_link
 from jchameleon.sampling import SamplingParams
@@ -113,6 +116,7 @@ class Engine:
         self._loads = AdapterLoads(loader, executor)
         self._adapters: dict[str, AdapterCard] = {}
         self._live: dict[str, LiveRequest] = {}
+        self._deadlines = Deadlines(self._live)
         self._records: collections.deque[StepRecord] = collections.deque(
             maxlen=RECORDED_STEPS
         )
@@ -150,8 +154,12 @@ class Engine:
         *,
         adapter_uid: str | None,
         outbox: Outbox,
+        completion: int = 0,
     ) -> Submission:
-        """Validate a request; `submit` takes the result.
+        """Validate one completion of a request; `submit` takes the result.
+
+        `completion` says which one it is; `jchameleon.runtime.completions` prepares
+        all of them.
 
         Raises:
           InvalidRequestError: id, prompt or sampling is outside the engine's limits.
@@ -160,6 +168,7 @@ class Engine:
         """
         check_request_id(request_id)
         tokens = prompt_array(prompt, self._executor.model.vocab_size)
+        tokens = truncated(tokens, sampling.truncate_prompt_tokens)
         check_limits(
             tokens,
             sampling,
@@ -185,6 +194,7 @@ class Engine:
             adapter_uid=adapter_uid,
             arrival_s=time.monotonic(),
             outbox=outbox,
+            completion=completion,
         )
 
     def submit(self, submission: Submission) -> None:
@@ -284,6 +294,9 @@ class Engine:
         # What ended in the last step first: a new request may bear its id again.
         events = [*events, *self._receive(block=not events), *self._loads.finish()]
         start_s = time.monotonic()
+        for request_id in self._deadlines.passed(start_s):
+            events.append(Cancel(request_id))
+            self._finish(request_id, "time_limit")
         plan = self._planner.plan(start_s, events)
         self._log.append(start_s, events, plan)
         self._apply(plan, start_s)
@@ -299,10 +312,14 @@ class Engine:
         events: list[Event] = []
         idle_wait = IDLE_TICK_S if self._planner.watches_the_clock else None
         tick_s = math.inf if idle_wait is None else time.monotonic() + idle_wait
+        tick_s = min(tick_s, self._deadlines.next_s)
         while True:
             wait = block and not events and not self._closing
             try:
                 poll_s = LOAD_POLL_S if self._loads.in_flight else idle_wait
+                if wait and tick_s < math.inf:
+                    left_s = max(0.0, tick_s - time.monotonic())
+                    poll_s = min(left_s, poll_s or left_s)
                 message = self._inbox.get(wait, poll_s if wait else None)
             except queue.Empty:
                 if not wait:
@@ -328,16 +345,14 @@ class Engine:
                     events.append(message)
 
     def _accept(self, submission: Submission) -> Event:
-        sampling = submission.sampling
-        if sampling.seed is None:
-            # A half of the key space that no caller's seed reaches.
-            high, low = self._random.integers(0, 2**31, 2).tolist()
-            seed = (2**31 + high, low)
-        else:
-            seed = (0, sampling.seed)
-        self._live[submission.request_id] = LiveRequest(
-            submission, seed=seed, tokenizer=self._tokenizer
+        live = LiveRequest(
+            submission,
+            seed=submission.seed(self._random),
+            tokenizer=self._tokenizer,
+            eos_token_ids=self._eos_token_ids,
         )
+        self._live[submission.request_id] = live
+        self._deadlines.add(live)
         return Arrival(submission.request())
 
     def _apply(self, plan: Plan, now_s: float) -> None:
@@ -369,11 +384,11 @@ class Engine:
 
     def _step(self, plan: Plan, iteration_s: float) -> StepDone:
         start_s = time.monotonic()
-        device_s = self._executor.device_s
-        drawn = run_step(self._executor, self._live, plan)
-        device_s = self._executor.device_s - device_s
+        output = run_step(self._executor, self._live, plan)
         now_s = time.monotonic()
-        finished = [i for i, token in drawn if self._add_token(i, token, now_s)]
+        for request_id, packed in output.scored:
+            self._live[request_id].add_scores(packed)
+        finished = [i for i, drawn in output.drawn if self._add_token(i, drawn, now_s)]
         self._records.append(
             StepRecord(
                 start_s=start_s,
@@ -381,26 +396,26 @@ class Engine:
                 prefill=tuple((c.request_id, c.length) for c in plan.prefill),
                 decode=plan.decode,
                 resident=self._executor.num_resident,
-                host_s=time.monotonic() - iteration_s - device_s,
+                host_s=time.monotonic() - iteration_s - output.device_s,
             )
         )
         return StepDone(
             duration_s=now_s - start_s,
-            produced=tuple((i, 1) for i, _ in drawn),
+            produced=tuple((i, 1) for i, _ in output.drawn),
             finished=tuple(finished),
         )
 
-    def _add_token(self, request_id: str, token: int, now_s: float) -> bool:
+    def _add_token(self, request_id: str, drawn: DrawnToken, now_s: float) -> bool:
         """Take one drawn token; return whether the request ended."""
-        if token == INVALID_TOKEN:
+        if drawn.token == INVALID_TOKEN:
             self._finish(request_id, "error", "logits are not finite")
             return True
         live = self._live[request_id]
-        reason = live.add(token, now_s, eos_token_ids=self._eos_token_ids)
+        reason = live.add(drawn.token, now_s)
         if reason is not None:
-            self._finish(request_id, reason, token_ids=(token,))
+            self._finish(request_id, reason, drawn=drawn)
             return True
-        live.submission.outbox.put(request_id, live.delta(token))
+        live.submission.outbox.put(request_id, live.delta(drawn))
         return False
 
     def _finish(
@@ -409,14 +424,12 @@ class Engine:
         reason: FinishReason,
         error: str | None = None,
         *,
-        token_ids: tuple[int, ...] = (),
+        drawn: DrawnToken | None = None,
     ) -> None:
         """Send the last delta; pages return with the event that the caller reports."""
         live = self._live.pop(request_id)
         self._loads.forget(live)
-        delta = live.last_delta(
-            reason, time.monotonic(), error=error, token_ids=token_ids
-        )
+        delta = live.last_delta(reason, time.monotonic(), error=error, drawn=drawn)
         with self._ids_lock:
             self._open_ids.discard(request_id)
         live.submission.outbox.put(request_id, delta)

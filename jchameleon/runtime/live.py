@@ -3,9 +3,18 @@
 import numpy as np
 
 from jchameleon.models.tokenizer import Tokenizer
-from jchameleon.runtime.executor import RowSampling, StepRow
-from jchameleon.runtime.outbox import Delta, FinishReason, RequestTiming
+from jchameleon.runtime.batch import StepRow
+from jchameleon.runtime.drawing import DrawnToken, RowSampling
+from jchameleon.runtime.edits import RowEdits
+from jchameleon.runtime.logprobs import unpack_logprobs
+from jchameleon.runtime.outbox import (
+    Delta,
+    FinishReason,
+    RequestTiming,
+    TokenLogprobs,
+)
 from jchameleon.runtime.output import OutputText
+from jchameleon.runtime.scoring import Targets
 from jchameleon.runtime.submission import Submission
 
 
@@ -24,14 +33,24 @@ class LiveRequest:
         *,
         seed: tuple[int, int],
         tokenizer: Tokenizer | None,
+        eos_token_ids: frozenset[int],
     ):
         prompt, sampling = submission.prompt, submission.sampling
         self.submission = submission
         self.num_tokens = len(prompt)
+        self._end_token_ids = frozenset(sampling.stop_token_ids)
+        if not sampling.ignore_eos:
+            self._end_token_ids |= eos_token_ids
+        edits = RowEdits(sampling, prompt, end_token_ids=self._end_token_ids)
+        self._edits = None if edits.over else edits
+        self._prompt_logprobs: list[TokenLogprobs | None] = [None]
+        self._owes_prompt_logprobs = sampling.prompt_logprobs is not None
         self._tokens = np.zeros(len(prompt) + sampling.max_tokens, np.int32)
         self._tokens[: len(prompt)] = prompt
         self._seed = seed
-        self._text = OutputText(tokenizer, sampling.stop)
+        self._text = OutputText(
+            tokenizer, sampling.stop, include_stop=sampling.include_stop
+        )
         self._pages: np.ndarray | None = None  # i32[NB]
         self._cache_hit: bool | None = None
         self._num_pages = 0
@@ -98,8 +117,11 @@ class LiveRequest:
                 temperature=0.0 if params.greedy else params.temperature,
                 top_k=params.top_k,
                 top_p=params.top_p,
+                min_p=params.min_p,
                 seed=self._seed,
                 position=end,
+                edits=self._edits,
+                logprobs=params.logprobs,
             )
         return StepRow(
             tokens=self._tokens[start:end],
@@ -107,30 +129,70 @@ class LiveRequest:
             pages=self._pages,
             adapter_uid=self.submission.adapter_uid,
             sampling=sampling,
+            targets=self._targets(start, end),
         )
 
-    def add(
-        self, token: int, now_s: float, *, eos_token_ids: frozenset[int]
-    ) -> FinishReason | None:
+    def _targets(self, start: int, end: int) -> Targets | None:
+        """Return the prompt tokens after tokens `start` to `end` still to be scored.
+
+        After a squash the prompt runs again, and what is known is not asked for again.
+        """
+        prompt = self.submission.prompt
+        known = len(self._prompt_logprobs)
+        if self.submission.sampling.prompt_logprobs is None or known == len(prompt):
+            return None
+        tokens = prompt[known : end + 1]
+        if not len(tokens):
+            return None
+        assert start < known, "prompt tokens were left out"
+        return Targets(offset=known - 1 - start, tokens=tokens)
+
+    def add_scores(self, packed: np.ndarray) -> None:
+        """Take i32[n, 2, 1 + K] of the next prompt tokens."""
+        count = self.submission.sampling.prompt_logprobs
+        assert count is not None, "scored without having asked"
+        self._prompt_logprobs += [unpack_logprobs(one, count) for one in packed]
+
+    def add(self, token: int, now_s: float) -> FinishReason | None:
         """Append a drawn token and return why the request ends here, if it does."""
         params = self.submission.sampling
         self._tokens[self.num_tokens] = token
         self.num_tokens += 1
+        if self._edits is not None:
+            self._edits.add(token)
+            if self._edits.over:
+                self._edits = None
         if self._first_token_s is None:
             self._first_token_s = now_s
-        if token in params.stop_token_ids:
+        num_output = self.num_tokens - len(self.submission.prompt)
+        if token in self._end_token_ids and num_output > params.min_tokens:
+            if params.include_stop:
+                self._text.push(token)
             return "stop"
-        if token in eos_token_ids and not params.ignore_eos:
-            return "stop"
-        if self._text.push(token):
+        if self._text.push(token, may_stop=num_output > params.min_tokens):
             return "stop"
         if self.num_tokens == len(self._tokens):
             return "length"
         return None
 
-    def delta(self, token: int) -> Delta:
-        """Return what is new with `token`."""
-        return Delta(token_ids=(token,), text=self._text.take())
+    def delta(self, drawn: DrawnToken) -> Delta:
+        """Return what is new with a drawn token."""
+        logprobs = None if drawn.logprobs is None else (drawn.logprobs,)
+        return Delta(
+            token_ids=(drawn.token,),
+            text=self._text.take(),
+            logprobs=logprobs,
+            prompt_logprobs=self._take_prompt_logprobs(),
+        )
+
+    def _take_prompt_logprobs(self) -> tuple[TokenLogprobs | None, ...] | None:
+        """Return those of the whole prompt, if they are asked for; once."""
+        if not self._owes_prompt_logprobs:
+            return None
+        if len(self._prompt_logprobs) < len(self.submission.prompt):
+            return None
+        self._owes_prompt_logprobs = False
+        return tuple(self._prompt_logprobs)
 
     def last_delta(
         self,
@@ -138,16 +200,19 @@ class LiveRequest:
         now_s: float,
         *,
         error: str | None = None,
-        token_ids: tuple[int, ...] = (),
+        drawn: DrawnToken | None = None,
     ) -> Delta:
-        """Return the end of the output, with the request's timing."""
+        """Return the end of the output, with a last token and the request's timing."""
         arrival_s = self.submission.arrival_s
         self.adapter_arrived(now_s)
         first_s = self._first_token_s
         self._leave_queue(now_s)
+        logprobs = drawn.logprobs if drawn is not None else None
         return Delta(
-            token_ids=token_ids,
+            token_ids=() if drawn is None else (drawn.token,),
             text=self._text.close(),
+            logprobs=None if logprobs is None else (logprobs,),
+            prompt_logprobs=self._take_prompt_logprobs(),
             finish_reason=reason,
             error=error,
             timing=RequestTiming(

@@ -5,7 +5,10 @@ import dataclasses
 import threading
 from typing import Literal
 
-FinishReason = Literal["stop", "length", "aborted", "error"]
+FinishReason = Literal["stop", "length", "time_limit", "aborted", "error"]
+
+TokenLogprobs = dict[int, float]
+"""Log-probability by token id: the token that is there first, then the likeliest."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,6 +49,9 @@ class Delta:
     Attributes:
       token_ids: new tokens; a token that ended the request is included.
       text: new text that no later token can change.
+      logprobs: of each new token, if the request asks for them.
+      prompt_logprobs: of all prompt tokens, None for the first; once, in a delta with
+        the first token or with none.
       finish_reason: set in the last delta only.
       error: why, where finish_reason is "error".
       timing: set in the last delta only.
@@ -53,15 +59,22 @@ class Delta:
 
     token_ids: tuple[int, ...] = ()
     text: str = ""
+    logprobs: tuple[TokenLogprobs, ...] | None = None
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
     finish_reason: FinishReason | None = None
     error: str | None = None
     timing: RequestTiming | None = None
 
     def then(self, later: "Delta") -> "Delta":
         """Return both deltas as one."""
+        logprobs = self.logprobs
+        if later.logprobs is not None:
+            logprobs = (logprobs or ()) + later.logprobs
         return Delta(
             token_ids=self.token_ids + later.token_ids,
             text=self.text + later.text,
+            logprobs=logprobs,
+            prompt_logprobs=self.prompt_logprobs or later.prompt_logprobs,
             finish_reason=later.finish_reason,
             error=later.error,
             timing=later.timing,

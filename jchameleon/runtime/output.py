@@ -16,16 +16,23 @@ class OutputText:
     A stop string is looked for in the text, not in the tokens: it may begin and end
     inside tokens, and where it is found does not depend on how the text was cut into
     tokens. The one whose last character comes first counts; of several that end there,
-    the longest. The text ends before it.
+    the longest. The text ends before it, or behind it if it is to be included.
     """
 
-    def __init__(self, tokenizer: Tokenizer | None, stop: tuple[str, ...]) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer | None,
+        stop: tuple[str, ...],
+        *,
+        include_stop: bool = False,
+    ) -> None:
         """Start an empty reply.
 
         Args:
           tokenizer: None where prompts and replies are token ids only; the text is then
             always empty.
           stop: non-empty strings that end the reply.
+          include_stop: leave the stop string in the text.
 
         Raises:
           InvalidRequestError: stop strings without a tokenizer to find them with.
@@ -37,13 +44,14 @@ class OutputText:
             )
         self._stream = None if tokenizer is None else tokenizer.stream()
         self._matchers = [_StopMatcher(text) for text in stop]
+        self._include_stop = include_stop
         self._text = ""
         self._taken_chars = 0
         self._stopped = False
 
     @property
     def text(self) -> str:
-        """All text so far, whole characters only, cut before a complete stop string."""
+        """All text so far, whole characters only, cut at a complete stop string."""
         return self._text
 
     @property
@@ -51,13 +59,14 @@ class OutputText:
         """Whether a stop string is complete."""
         return self._stopped
 
-    def push(self, token_id: int) -> bool:
+    def push(self, token_id: int, *, may_stop: bool = True) -> bool:
         """Add one token; return True once a stop string is complete.
 
-        Tokens after that are dropped.
+        Tokens after that are dropped. A stop string that is completed by a token that
+        may not stop the reply is plain text.
         """
         if self._stream is not None and not self._stopped:
-            self._add(self._stream.push(token_id))
+            self._add(self._stream.push(token_id), may_stop=may_stop)
         return self._stopped
 
     def take(self) -> str:
@@ -70,7 +79,7 @@ class OutputText:
         Bytes of an incomplete character come out as the replacement character.
         """
         if self._stream is not None and not self._stopped:
-            self._add(self._stream.flush())
+            self._add(self._stream.flush(), may_stop=True)
         self._stream = None
         return self._take(held_chars=0)
 
@@ -84,16 +93,17 @@ class OutputText:
         """Return the length of the longest suffix that may begin a stop string."""
         return max((matcher.matched_chars for matcher in self._matchers), default=0)
 
-    def _add(self, piece: str) -> None:
+    def _add(self, piece: str, *, may_stop: bool) -> None:
         """Append `piece` up to the stop string that it completes, if any."""
         if not self._matchers:
             self._text += piece
             return
         for index, char in enumerate(piece):
             complete = [len(m.stop) for m in self._matchers if m.push(char)]
-            if complete:
+            if complete and may_stop:
+                cut_chars = 0 if self._include_stop else max(complete)
                 text = self._text + piece[: index + 1]
-                self._text = text[: len(text) - max(complete)]
+                self._text = text[: len(text) - cut_chars]
                 self._stopped = True
                 return
         self._text += piece
@@ -120,8 +130,10 @@ class _StopMatcher:
             matched = self._borders[matched - 1]
         if self.stop[matched] == char:
             matched += 1
-        self.matched_chars = matched
-        return matched == len(self.stop)
+        complete = matched == len(self.stop)
+        # The reply may go on: the end of this one may begin the next.
+        self.matched_chars = self._borders[-1] if complete else matched
+        return complete
 
 
 @functools.lru_cache(maxsize=1024)

@@ -89,6 +89,32 @@ def model_step(
     ops: Operations = XLA,
 ) -> tuple[jax.Array, list[jax.Array]]:
     """Return logits f32[V, R] of `logit_tokens`, and the new pools."""
+    logits, pools, _ = prefill_step(
+        leaves,
+        pools,
+        batch,
+        treedef=treedef,
+        layout=layout,
+        block_tokens=block_tokens,
+        ops=ops,
+    )
+    return logits, pools
+
+
+def prefill_step(
+    leaves: tuple[jax.Array, ...],
+    pools: list[jax.Array],  # L of f[P, E], donated
+    batch: StepBatch,
+    *,
+    treedef: Any,
+    layout: ChunkLayout,
+    block_tokens: int,
+    ops: Operations = XLA,
+) -> tuple[jax.Array, list[jax.Array], jax.Array]:
+    """Return what `model_step` does, and the residual stream f[D, T] after all layers.
+
+    The stream is what log-probabilities of prompt tokens come from.
+    """
     model = merge_model(treedef, leaves)
     rope = model.rope(batch.positions)
     x = model.embed_tokens(batch.tokens)
@@ -108,7 +134,7 @@ def model_step(
         )
         new_pools.append(pool)
     logits = model.logits(x[:, batch.logit_tokens])
-    return logits.astype(jnp.float32), new_pools
+    return logits.astype(jnp.float32), new_pools, x
 
 
 @functools.partial(

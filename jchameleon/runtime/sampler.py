@@ -28,6 +28,7 @@ class SamplingBatch:
       temperature: f32[R]; 0 is greedy.
       top_k: i32[R]; 0 keeps all.
       top_p: f32[R] in (0, 1]; 1 keeps all.
+      min_p: f32[R] in [0, 1]; 0 keeps all.
       seed: u32[R, 2].
       position: i32[R], position of the token being drawn.
     """
@@ -35,6 +36,7 @@ class SamplingBatch:
     temperature: jax.Array
     top_k: jax.Array
     top_p: jax.Array
+    min_p: jax.Array
     seed: jax.Array
     position: jax.Array
 
@@ -45,6 +47,7 @@ def empty_sampling(num_rows: int) -> dict[str, Any]:
         "temperature": np.zeros(num_rows, np.float32),
         "top_k": np.zeros(num_rows, np.int32),
         "top_p": np.ones(num_rows, np.float32),
+        "min_p": np.zeros(num_rows, np.float32),
         "seed": np.zeros((num_rows, 2), np.uint32),
         "position": np.zeros(num_rows, np.int32),
     }
@@ -56,8 +59,8 @@ def sample(
 ) -> jax.Array:  # i32[R]
     """Return a token per row, or `INVALID_TOKEN` where logits are not finite.
 
-    Order of operations as in vLLM: temperature, then top-k, then top-p among what
-    top-k kept. Tokens that tie with the last one kept are kept too.
+    Order of operations as in transformers: temperature, then top-k, then top-p among
+    what top-k kept, then min-p. Tokens that tie with the last one kept are kept too.
     """
     best = jnp.argmax(logits, axis=0).astype(jnp.int32)
     drawn = lax.cond(
@@ -74,7 +77,7 @@ def _draw(logits: jax.Array, batch: SamplingBatch) -> jax.Array:
     temperature = jnp.where(batch.temperature > 0, batch.temperature, 1.0)
     # Differences first: a small temperature must not overflow the best logit.
     scaled = (logits - logits.max(axis=0, keepdims=True)) / temperature[None, :]
-    kept = kept_tokens(scaled, batch.top_k, batch.top_p)
+    kept = kept_tokens(scaled, batch.top_k, batch.top_p, batch.min_p)
     noise = jax.vmap(_gumbel, in_axes=(0, 0, None), out_axes=1)(
         batch.seed, batch.position, logits.shape[0]
     )
@@ -87,6 +90,7 @@ def kept_tokens(
     scaled: jax.Array,  # f32[V, R], logits over temperature, less the best: <= 0
     top_k: jax.Array,  # i32[R]; 0 keeps all
     top_p: jax.Array,  # f32[R] in (0, 1]; 1 keeps all
+    min_p: jax.Array,  # f32[R] in [0, 1]; 0 keeps all
 ) -> jax.Array:  # bool[V, R]
     """Return the tokens that a row may draw; the best is always among them."""
     limit = jnp.where(top_k > 0, top_k, scaled.shape[0])
@@ -96,6 +100,8 @@ def kept_tokens(
     heavy = weight >= mass_threshold(weight, needed)[None, :]
     # The sum rounds away its smallest terms, so their loss goes unseen at 1.
     kept &= heavy | (top_p >= 1.0)[None, :]
+    # Weights are relative to the best token's, which is 1.
+    kept &= weight >= min_p[None, :]
     return kept | (scaled == 0.0)  # rounding of tiny top_p must not empty the row
 
 

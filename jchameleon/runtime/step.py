@@ -1,37 +1,69 @@
 """One iteration on the device: the prompt chunks and decode rows of a plan."""
 
+import dataclasses
+import time
 from collections.abc import Mapping
 
+import numpy as np
+
+from jchameleon.runtime.drawing import DrawnToken
 from jchameleon.runtime.executor import Executor
 from jchameleon.runtime.live import LiveRequest
 from jchameleon.runtime.policy.plan import Plan
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class StepOutput:
+    """What an iteration produced.
+
+    Attributes:
+      drawn: (request id, token drawn for it).
+      scored: (request id, i32[n, 2, 1 + K] of `pack_logprobs`) of prompt tokens.
+      device_s: from the first call of a program until all results were here, without
+        what went into laying out batches meanwhile.
+    """
+
+    drawn: list[tuple[str, DrawnToken]]
+    scored: list[tuple[str, np.ndarray]]
+    device_s: float
+
+
 def run_step(
     executor: Executor, live: Mapping[str, LiveRequest], plan: Plan
-) -> list[tuple[str, int]]:
-    """Run what a plan lays out and return (request id, token) of what was drawn.
+) -> StepOutput:
+    """Run what a plan lays out.
 
     Args:
       live: running requests by id.
     """
+    prompt_ids = [c.request_id for c in plan.prefill]
     prompts = [
         live[c.request_id].row(c.start, c.start + c.length) for c in plan.prefill
     ]
     lives = [live[request_id] for request_id in plan.decode]
     rows = [one.row(one.num_tokens - 1, one.num_tokens) for one in lives]
+    start_s, built_s = time.monotonic(), executor.build_s
     # Both are dispatched before either is waited for.
-    prompt_tokens = executor.prefill(prompts) if prompts else None
-    row_tokens = executor.decode(rows) if rows else None
-    drawn: list[tuple[str, int]] = []
-    if prompt_tokens is not None:
-        tokens = executor.fetch(prompt_tokens, prompts, prefill=True)
-        drawn += [
-            (chunk.request_id, token)
-            for chunk, row, token in zip(plan.prefill, prompts, tokens, strict=True)
-            if row.sampling is not None
-        ]
-    if row_tokens is not None:
-        tokens = executor.fetch(row_tokens, rows, prefill=False)
-        drawn += zip(plan.decode, tokens, strict=True)
-    return drawn
+    prefill = executor.prefill(prompts) if prompts else None
+    decode = executor.decode(rows) if rows else None
+    drawn: list[tuple[str, DrawnToken]] = []
+    scored: list[tuple[str, np.ndarray]] = []
+    for step, ids in ((prefill, prompt_ids), (decode, plan.decode)):
+        if step is None:
+            continue
+        draws = step.draws.fetch()
+        drawn.extend(
+            (request_id, draw)
+            for request_id, draw in zip(ids, draws, strict=True)
+            if draw is not None
+        )
+        if step.scores is not None:
+            scored.extend(
+                (request_id, packed)
+                for request_id, packed in zip(ids, step.scores.fetch(), strict=True)
+                if len(packed)
+            )
+    built_s = executor.build_s - built_s
+    return StepOutput(
+        drawn=drawn, scored=scored, device_s=time.monotonic() - start_s - built_s
+    )

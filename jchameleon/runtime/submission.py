@@ -19,6 +19,8 @@ class Submission:
       prompt: i32[n] token ids.
       adapter_uid: content hash, or None for the base model.
       outbox: where its deltas go.
+      completion: which of its prompt's completions this is; with a seed each draws
+        tokens of its own.
     """
 
     request_id: str
@@ -27,6 +29,15 @@ class Submission:
     adapter_uid: str | None
     arrival_s: float
     outbox: Outbox
+    completion: int = 0
+
+    def seed(self, random: np.random.Generator) -> tuple[int, int]:
+        """Return the key of its draws: the caller's seed, or one from `random`."""
+        if self.sampling.seed is not None:
+            return self.completion, self.sampling.seed
+        # A half of the key space that no caller's seed reaches.
+        high, low = random.integers(0, 2**31, 2).tolist()
+        return 2**31 + high, low
 
     def request(self) -> Request:
         """Return what policies see of it."""
@@ -37,6 +48,7 @@ class Submission:
             adapter_uid=self.adapter_uid,
             arrival_s=self.arrival_s,
             expected_tokens=self.sampling.expected_tokens,
+            priority=self.sampling.priority,
         )
 
 
@@ -69,6 +81,11 @@ def prompt_array(prompt: Sequence[int], vocab_size: int) -> np.ndarray:
     return np.asarray(prompt, np.int32)
 
 
+def truncated(tokens: np.ndarray, keep_tokens: int | None) -> np.ndarray:
+    """Return the last `keep_tokens` of a prompt i32[n], or all of it."""
+    return tokens if keep_tokens is None else tokens[-keep_tokens:]
+
+
 def check_limits(
     tokens: np.ndarray,  # i32[n]
     sampling: SamplingParams,
@@ -78,6 +95,10 @@ def check_limits(
     has_tokenizer: bool,
 ) -> None:
     """Raise InvalidRequestError where prompt or sampling exceed the engine's limits."""
+    if sampling.n > 1:
+        raise InvalidRequestError(
+            f"n={sampling.n} must be 1 in the request of a single completion"
+        )
     total = len(tokens) + sampling.max_tokens
     if total > max_model_len:
         raise InvalidRequestError(

@@ -41,7 +41,8 @@ class AdmissionView(Protocol):
     def waiting(self) -> Iterable[Request]:
         """Requests that wait, without those admitted meanwhile.
 
-        In arrival order, except that squashed ones come first.
+        Lower priorities first; within one, squashed requests and then the others in
+        arrival order.
         """
 
     @property
@@ -180,7 +181,7 @@ class AdmissionPolicy(Protocol):
 
 
 class Fifo:
-    """Admit in arrival order; when the oldest does not fit, everyone waits."""
+    """Admit in arrival order within a priority; if the first does not fit, all wait."""
 
     def admit(self, view: AdmissionView) -> None:
         """Admit from the head of the line until one does not fit."""

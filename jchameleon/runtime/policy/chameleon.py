@@ -9,7 +9,7 @@ import numpy as np
 from jchameleon.config import is_number
 from jchameleon.errors import ConfigError
 from jchameleon.runtime.policy.admission import AdmissionView
-from jchameleon.runtime.policy.lanes import Entry, Lane, split_tokens
+from jchameleon.runtime.policy.lanes import Entry, Lane, Tally, split_tokens
 from jchameleon.runtime.policy.plan import LaneStats
 from jchameleon.runtime.policy.request import Request
 from jchameleon.runtime.policy.traffic import Traffic
@@ -34,16 +34,21 @@ class Chameleon:
     they are expected to end before the head could start. As soon as it could run if
     they did not, they are squashed, the youngest first.
 
-    Two rules are ours. When nothing runs, the oldest request starts whatever it costs.
-    And once `max_overtaken` requests have overtaken the oldest one, nobody else starts
-    before it, and no quota holds it back. So nobody is overtaken more often: let f(r)
-    be how often requests joined the line (arrived or came back) after r arrived, less
-    the requests younger than r that wait. Each time r is overtaken, a younger request's
-    wait ends that began after r arrived, so r was overtaken at most f(r) times. If q is
-    older than r, f(q) >= f(r): all who arrived after q and up to r are joins that f(q)
-    counts and f(r) does not, and those among them who wait are all that it takes off
-    beyond f(r). A request other than the oldest, o, is admitted only while f(o) <
-    max_overtaken, and then f(r) <= f(o) < max_overtaken for all who wait.
+    Priorities are ours: within a lane lower ones come first, whatever their age. The
+    first request is the oldest of the most urgent that wait.
+
+    Two rules are ours too. When nothing runs, the first request starts whatever it
+    costs. And once `max_overtaken` requests have overtaken it, nobody else starts
+    before it, and no quota holds it back. So, while no more urgent one waits, nobody
+    is overtaken more often: of the requests of one priority, let f(r) be how often
+    any joined the line (arrived or came back) after r arrived, less those younger than
+    r that wait, and how often a less urgent request started in that time. Each time r
+    is overtaken, a less urgent request starts, or a younger one's wait ends that began
+    after r arrived, so r was overtaken at most f(r) times. If q is older than r, f(q)
+    >= f(r): all who arrived after q and up to r are joins that f(q) counts and f(r)
+    does not, and those among them who wait are all that it takes off beyond f(r). A
+    request other than the first, o, is admitted only while f(o) < max_overtaken, and
+    then f(r) <= f(o) < max_overtaken for all of its priority who wait.
     f is an upper bound: it also counts younger requests that were cancelled, and for
     one that was squashed those that started while it ran.
 
@@ -59,7 +64,7 @@ class Chameleon:
         range of sizes, 0 to 1, into `max_lanes` equal intervals.
       elbow_gain: share of the error of a single cluster that one more must remove.
       bypass: whether requests may pass a head whose adapter does not fit.
-      max_overtaken: the bound above; 0 admits strictly in order of arrival.
+      max_overtaken: the bound above; 0 admits strictly in order.
       recharge: whether a request that outgrows its prediction moves to the next larger
         lane at the cost of its new prediction.
 
@@ -120,9 +125,8 @@ class Chameleon:
         self._cut_offs: list[float] = []
         self._lanes = [Lane(upper_wrs=math.inf, least_tokens=0.0)]
         self._entries: dict[str, Entry] = {}  # in order of arrival
+        self._tallies: dict[int, Tally] = {}  # by priority
         self._arrived = 0
-        self._joins = 0
-        self._num_waiting = 0
 
     def admit(self, view: AdmissionView) -> None:
         """Take in what happened, refresh lanes if it is time, and admit."""
@@ -142,9 +146,9 @@ class Chameleon:
                         break
                     if not self._admit_overdue(view):
                         return
-        oldest = self._oldest()
-        if oldest is not None and view.num_running == 0:
-            self._start(view, oldest)
+        first = self._first()
+        if first is not None and view.num_running == 0:
+            self._start(view, first)
 
     def lanes(self) -> tuple[LaneStats, ...]:
         """Return the lanes as they are, smallest first."""
@@ -181,10 +185,13 @@ class Chameleon:
         if not self._arrived:
             self._refresh_at_s = view.now_s + self._first_refresh_s
         self._arrived += 1
-        self._joins += 1
-        self._num_waiting += 1
         chunks = rank_chunks(view.adapter_rank(request))
-        entry = Entry(request, self._joins, chunks, view.adapter_pages(request))
+        entry = Entry(request, self._arrived, chunks, view.adapter_pages(request))
+        tally = self._tallies.setdefault(request.priority, Tally())
+        tally.members += 1
+        tally.waiting += 1
+        tally.joins += 1
+        entry.joined_at, entry.passed_at = tally.joins, tally.passed
         self._predict(view, entry)
         self._traffic.largest.see(prompt_tokens=request.prompt_tokens)
         entry.wrs = self._traffic.largest.wrs(
@@ -202,11 +209,15 @@ class Chameleon:
             return
         entry.unlink()
         lane = self._lanes[entry.lane]
+        tally = self._tallies[request.priority]
         if entry.running:
             lane.refund(entry)
         else:
             lane.remove(entry)
-            self._num_waiting -= 1
+            tally.waiting -= 1
+        tally.members -= 1
+        if not tally.members:
+            del self._tallies[request.priority]
 
     def _requeue(self, view: AdmissionView, entry: Entry) -> None:
         """Let a running entry wait again, at its place in the order of arrival."""
@@ -215,8 +226,9 @@ class Chameleon:
         self._lanes[entry.lane].refund(entry)
         self._predict(view, entry)
         self._lanes[entry.lane].add(entry)
-        self._joins += 1
-        self._num_waiting += 1
+        tally = self._tallies[entry.request.priority]
+        tally.joins += 1
+        tally.waiting += 1
 
     def _predict(self, view: AdmissionView, entry: Entry) -> None:
         """Set the predicted output of an entry, and the cost that follows from it."""
@@ -262,18 +274,20 @@ class Chameleon:
             else:
                 self._lanes[index].add(entry)
 
-    def _oldest(self) -> Entry | None:
+    def _first(self) -> Entry | None:
+        """Return the oldest of the most urgent entries that wait."""
         heads = (lane.head() for lane in self._lanes if len(lane))
-        return min(heads, key=lambda head: head.seq, default=None)
+        return min(heads, key=lambda e: (e.request.priority, e.seq), default=None)
 
     def _overdue(self) -> Entry | None:
-        """Return the oldest waiting entry if it was overtaken too often."""
-        oldest = self._oldest()
-        if oldest is None:
+        """Return the first waiting entry if it was overtaken too often."""
+        first = self._first()
+        if first is None:
             return None
-        joined_after = self._joins - oldest.seq
-        overtaken = joined_after - (self._num_waiting - 1)
-        return oldest if overtaken >= self._max_overtaken else None
+        tally = self._tallies[first.request.priority]
+        overtaken = tally.joins - first.joined_at - (tally.waiting - 1)
+        overtaken += tally.passed - first.passed_at
+        return first if overtaken >= self._max_overtaken else None
 
     def _admit_overdue(self, view: AdmissionView) -> bool:
         """Admit whoever was overtaken too often; return whether others may start."""
@@ -331,11 +345,15 @@ class Chameleon:
             passing=None if passed is None else passed.request,
         ):
             return False
+        first = self._first()
+        assert first is not None, "the entry itself waits"
+        if first.request.priority < entry.request.priority:
+            self._tallies[first.request.priority].passed += 1
         lane = self._lanes[entry.lane]
         lane.remove(entry)
         lane.charge(entry)
         entry.running = True
-        self._num_waiting -= 1
+        self._tallies[entry.request.priority].waiting -= 1
         if passed is not None:
             entry.passed = passed
             passed.passers[entry.seq] = entry
@@ -381,14 +399,14 @@ class Chameleon:
     ) -> bool:
         """Admit a head in place of requests that passed it, if that is enough.
 
-        As few as needed are squashed, the youngest first. `borrow` as in `_tokens`;
-        None asks for no tokens.
+        As few as needed are squashed, the least urgent and youngest first. `borrow` as
+        in `_tokens`; None asks for no tokens.
         """
         if not head.passers:
             return False
         lane = self._lanes[head.lane]
-        passers = [head.passers[seq] for seq in sorted(head.passers, reverse=True)]
-        passers = [entry for entry in passers if view.can_squash(entry.request)]
+        passers = [e for e in head.passers.values() if view.can_squash(e.request)]
+        passers.sort(key=lambda e: (e.request.priority, e.seq), reverse=True)
         if view.missing_pages(head.request, [entry.request for entry in passers]):
             return False
         returned = 0

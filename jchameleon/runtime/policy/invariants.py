@@ -18,7 +18,7 @@ def check_planner(planner: "Planner") -> None:
         books.free_pages + books.kv_pages + books.resident_pages + books.loading_pages
     ), f"pages do not add up: {books}"
     assert books.running <= config.max_running
-    assert not planner._running.keys() & planner._waiting.keys()
+    assert not planner._running.keys() & set(planner._waiting)
     assert books.kv_pages == sum(r.kv_pages for r in planner._running.values())
     refs: dict[str, int] = {}
     queued: dict[str, int] = {}

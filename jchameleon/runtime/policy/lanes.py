@@ -2,9 +2,9 @@
 
 import dataclasses
 import itertools
-from collections import OrderedDict
 from collections.abc import Sequence
 
+from jchameleon.runtime.policy.line import PriorityLine
 from jchameleon.runtime.policy.request import Request
 
 
@@ -14,6 +14,7 @@ class Entry:
 
     Attributes:
       seq: its place in the order of arrival.
+      joined_at, passed_at: `joins` and `passed` of its priority's tally when it came.
       chunks: adapter size in units of rank 8.
       adapter_pages: 0 for the base model.
       predicted_tokens: expected output.
@@ -33,6 +34,8 @@ class Entry:
     wrs: float = 0.0
     lane: int = 0
     running: bool = False
+    joined_at: int = 0
+    passed_at: int = 0
     passed: "Entry | None" = None
     passers: dict[int, "Entry"] = dataclasses.field(default_factory=dict)
 
@@ -46,8 +49,25 @@ class Entry:
         self.passers.clear()
 
 
+@dataclasses.dataclass(slots=True, eq=False)
+class Tally:
+    """What a scheduler counts of the requests of one priority.
+
+    Attributes:
+      members: that wait or run; waiting: those of them that wait.
+      joins: times that one joined the line, by arriving or coming back.
+      passed: times that a less urgent one started while some of these waited and no
+        more urgent one did.
+    """
+
+    members: int = 0
+    waiting: int = 0
+    joins: int = 0
+    passed: int = 0
+
+
 class Lane:
-    """Waiting entries in the order of their seq, and the books of running ones.
+    """Waiting entries by priority and seq, and the books of running ones.
 
     Attributes:
       upper_wrs: requests up to this size belong here.
@@ -63,8 +83,7 @@ class Lane:
         self.quota_tokens = 0
         self.used_tokens = 0
         self.running = 0
-        # OrderedDict: both ends and deletion are O(1) however long the line is.
-        self._waiting: OrderedDict[int, Entry] = OrderedDict()
+        self._waiting: PriorityLine[int, Entry] = PriorityLine()
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -75,30 +94,22 @@ class Lane:
         return self.quota_tokens - self.used_tokens
 
     def add(self, entry: Entry) -> None:
-        """Let an entry wait here, before all that arrived after it.
+        """Let an entry wait here, before those of its priority that arrived later.
 
-        O(1) for one that arrived last; else O(those that wait and are older): who
-        returns had, as a rule, hardly anyone before it when it left.
+        O(1) for one that arrived last, as `PriorityLine.insert`.
         """
-        waiting = self._waiting
-        is_last = not waiting or next(reversed(waiting)) < entry.seq
-        waiting[entry.seq] = entry
-        if is_last:
-            return
-        older = list(itertools.takewhile(lambda seq: seq < entry.seq, waiting))
-        for seq in (entry.seq, *reversed(older)):
-            waiting.move_to_end(seq, last=False)
+        self._waiting.insert(entry.seq, entry, entry.request.priority)
 
     def remove(self, entry: Entry) -> None:
         """Take out a waiting entry; O(1)."""
-        del self._waiting[entry.seq]
+        self._waiting.pop(entry.seq)
 
     def head(self) -> Entry:
-        """Return the oldest waiting entry, of which there must be one; O(1)."""
-        return next(iter(self._waiting.values()))
+        """Return the first waiting entry, of which there must be one; O(1)."""
+        return next(self._waiting.values())
 
     def behind_head(self, count: int) -> list[Entry]:
-        """Return up to `count` entries that wait behind the head, oldest first."""
+        """Return up to `count` entries that wait behind the head, in order."""
         return list(itertools.islice(self._waiting.values(), 1, 1 + count))
 
     def charge(self, entry: Entry) -> None:

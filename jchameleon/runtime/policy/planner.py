@@ -6,7 +6,6 @@ budget. Time is an argument and all state changes go through events, so the same
 give the same plans.
 """
 
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 
 from jchameleon.runtime.policy.admission import AdmissionPolicy, Capacity
@@ -25,6 +24,7 @@ from jchameleon.runtime.policy.eviction import EvictionPolicy
 from jchameleon.runtime.policy.growth import grow_rows
 from jchameleon.runtime.policy.invariants import check_planner
 from jchameleon.runtime.policy.limits import PlannerConfig
+from jchameleon.runtime.policy.line import PriorityLine
 from jchameleon.runtime.policy.plan import Books, LaneStats, Load, Plan
 from jchameleon.runtime.policy.pool import PagePool
 from jchameleon.runtime.policy.predictor import LengthPredictor
@@ -58,8 +58,7 @@ class Planner:
         self._residency = Residency(self._pool)
         self._space = Space(self._pool, self._residency, eviction)
         self._estimator = Estimator()
-        # OrderedDict: first item and deletion are O(1) however long the line is.
-        self._waiting: OrderedDict[str, Row] = OrderedDict()
+        self._waiting: PriorityLine[str, Row] = PriorityLine()
         self._running: dict[str, Row] = {}
         self._accepted = 0
         self._observed = 0
@@ -162,8 +161,8 @@ class Planner:
         pinned -= {other for other, is_pinned in pins.items() if not is_pinned} - {uid}
         kept = sum(self._residency.get(other).num_pages for other in pinned)
         needed = 1
-        for rows in (self._running, self._waiting):
-            for row in rows.values():
+        for rows in (self._running.values(), self._waiting.values()):
+            for row in rows:
                 request = row.request
                 pages = self.config.kv_pages(request.prompt_tokens, request.max_tokens)
                 own = row.adapter
@@ -278,7 +277,7 @@ class Planner:
             return
         predicted = self._predict(request)
         row = Row(request, adapter, self._accepted, predicted, self._observed)
-        self._waiting[request_id] = row
+        self._waiting.add(request_id, row, request.priority)
         self._accepted += 1
         if adapter is not None:
             self._residency.add_queued(adapter.uid)
@@ -302,7 +301,7 @@ class Planner:
 
     def _end(self, request_id: str, turn: Turn) -> Row | None:
         """Forget a request and return its pages; unknown ids are ignored."""
-        row = self._waiting.pop(request_id, None)
+        row = self._waiting.pop(request_id)
         if row is not None:
             if row.adapter is not None:
                 self._residency.drop_queued(row.adapter.uid)

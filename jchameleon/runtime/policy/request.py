@@ -15,6 +15,7 @@ class Request:
       arrival_s: when the edge accepted it, on the engine's clock.
       expected_tokens: the caller's own estimate of its output, 1 .. max_tokens, or
         None; only predictors that say so read it.
+      priority: lower numbers are admitted first.
     """
 
     request_id: str
@@ -23,6 +24,7 @@ class Request:
     adapter_uid: str | None = None
     arrival_s: float = 0.0
     expected_tokens: int | None = None
+    priority: int = 0
 
     def __post_init__(self) -> None:
         if self.prompt_tokens < 1:

@@ -21,6 +21,8 @@ class _Entry:
 class ShortestJobFirst:
     """Admit whoever is expected to produce least; equals in order of arrival.
 
+    Lower priorities come first, whatever the lengths (our own addition).
+
     A baseline, as published (Qiu et al., "Efficient Interactive LLM Serving with Proxy
     Model-based Sequence Length Prediction", arXiv 2404.08509, and muServe, ATC '24):
     the queue is sorted by predicted output length. Prompts and adapters do not count,
@@ -32,7 +34,7 @@ class ShortestJobFirst:
 
     def __init__(self) -> None:
         self._entries: dict[str, _Entry] = {}
-        self._heap: list[tuple[int, int, _Entry]] = []
+        self._heap: list[tuple[int, int, int, _Entry]] = []
         self._num_arrived = 0
         self._num_waiting = 0
 
@@ -41,7 +43,7 @@ class ShortestJobFirst:
         self._update(view)
         heap = self._heap
         while heap:
-            entry = heap[0][2]
+            entry = heap[0][-1]
             if entry.waiting:
                 if not view.try_admit(entry.request):
                     return
@@ -68,10 +70,11 @@ class ShortestJobFirst:
         # Who left while waiting stays in the heap until it comes up, or until such
         # entries are the majority: long requests may never come up.
         if len(heap := self._heap) > 2 * self._num_waiting + _FEW_ENTRIES:
-            self._heap = [item for item in heap if item[2].waiting]
+            self._heap = [item for item in heap if item[-1].waiting]
             heapq.heapify(self._heap)
 
     def _push(self, entry: _Entry, view: AdmissionView) -> None:
         predicted_tokens = view.predicted_tokens(entry.request)
-        heapq.heappush(self._heap, (predicted_tokens, entry.order, entry))
+        priority = entry.request.priority
+        heapq.heappush(self._heap, (priority, predicted_tokens, entry.order, entry))
         self._num_waiting += 1

@@ -5,6 +5,7 @@ from collections import OrderedDict
 from jchameleon.config import is_number
 from jchameleon.errors import ConfigError
 from jchameleon.runtime.policy.admission import AdmissionView
+from jchameleon.runtime.policy.line import PriorityLine
 from jchameleon.runtime.policy.request import Request
 
 PREFILL_MARGIN_S = 0.5
@@ -30,8 +31,8 @@ class SLora:
     decode steps. Waits count from the request's `arrival_s`, and those who wait are
     visited in the order in which they joined the line, until one is young enough. Who
     was squashed has been served, so it is never rejected and comes before all others,
-    whatever the rate; S-LoRA itself never squashes. A reason names the wait and the
-    option.
+    whatever the rate; S-LoRA itself never squashes. All that holds within a priority,
+    and lower ones are admitted first. A reason names the wait and the option.
 
     Options:
       early_abort_slo_s: time to first token beyond which a request is worthless; None
@@ -48,8 +49,9 @@ class SLora:
                 f"early_abort_slo_s={slo_s!r} must be above {PREFILL_MARGIN_S} seconds"
             )
         self._slo_s = slo_s
-        self._line: OrderedDict[str, Request] = OrderedDict()
-        self._squashed: OrderedDict[str, Request] = OrderedDict()
+        self._joined: OrderedDict[str, Request] = OrderedDict()  # whatever priority
+        self._line: PriorityLine[str, Request] = PriorityLine()  # the same
+        self._squashed: PriorityLine[str, Request] = PriorityLine()
         self._rate = 1
         self._batch = 1
         self._last_queue = 0
@@ -75,21 +77,25 @@ class SLora:
     def _update(self, view: AdmissionView) -> None:
         """Bring the line up to date; an id that ended may have arrived again."""
         for request in view.ended:
-            self._line.pop(request.request_id, None)
-            self._squashed.pop(request.request_id, None)
+            self._joined.pop(request.request_id, None)
+            self._line.pop(request.request_id)
+            self._squashed.pop(request.request_id)
         for request in view.arrived:
-            self._line[request.request_id] = request
+            self._joined[request.request_id] = request
+            self._line.add(request.request_id, request, request.priority)
         for request in view.requeued:  # the youngest was squashed first
-            self._squashed[request.request_id] = request
-            self._squashed.move_to_end(request.request_id, last=False)
+            self._squashed.add(
+                request.request_id, request, request.priority, first=True
+            )
 
     def _abort(self, view: AdmissionView, slo_s: float) -> None:
-        while self._line:
-            request_id, request = next(iter(self._line.items()))
+        while self._joined:
+            request_id, request = next(iter(self._joined.items()))
             wait_s = view.now_s - request.arrival_s
             if wait_s + PREFILL_MARGIN_S < slo_s:
                 return
-            del self._line[request_id]
+            del self._joined[request_id]
+            self._line.pop(request_id)
             view.reject(
                 request,
                 f"waited {wait_s:.3f} s, too long for early_abort_slo_s={slo_s:g}",
@@ -99,12 +105,20 @@ class SLora:
         """Admit from the head of the line, or from its end; return how many."""
         newest_first = self._rate >= self._batch
         admitted = 0
-        for line, last in ((self._squashed, False), (self._line, newest_first)):
-            while line:
-                request_id, request = line.popitem(last=last)
-                if not view.try_admit(request):
-                    line[request_id] = request
-                    line.move_to_end(request_id, last=last)
-                    return admitted
-                admitted += 1
+        while (request := self._next(newest_first=newest_first)) is not None:
+            if not view.try_admit(request):
+                break
+            self._squashed.pop(request.request_id)
+            self._line.pop(request.request_id)
+            self._joined.pop(request.request_id, None)
+            admitted += 1
         return admitted
+
+    def _next(self, *, newest_first: bool) -> Request | None:
+        lines = (self._squashed, self._line)
+        priorities = [line.first_priority for line in lines]
+        priority = min((p for p in priorities if p is not None), default=None)
+        if priority is None:
+            return None
+        squashed = self._squashed.end_of(priority)
+        return squashed or self._line.end_of(priority, last=newest_first)

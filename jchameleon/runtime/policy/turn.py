@@ -45,7 +45,8 @@ class Turn:
     @property
     def waiting(self) -> Iterator[Request]:
         running = self._planner._running
-        for request_id, row in self._planner._waiting.items():
+        for row in self._planner._waiting.values():
+            request_id = row.request.request_id
             if request_id not in running and request_id not in self._left:
                 yield row.request
 
@@ -170,18 +171,21 @@ class Turn:
             self.ended.append(request)
 
     def return_to_line(self, row: Row) -> None:
-        """Put a squashed row at the head of the line."""
-        waiting = self._planner._waiting
-        waiting[row.request.request_id] = row
-        waiting.move_to_end(row.request.request_id, last=False)
+        """Put a squashed row before all of its priority."""
+        request = row.request
+        self._planner._waiting.add(
+            request.request_id, row, request.priority, first=True
+        )
 
     def settle_line(self) -> None:
         """Take out who was admitted or rejected, put back who was squashed."""
         waiting = self._planner._waiting
         for request_id in self.admitted:
-            del waiting[request_id]
+            waiting.pop(request_id)
         for request_id in self._left:
-            self.note_end(waiting.pop(request_id).request)
+            left = waiting.pop(request_id)
+            assert left is not None
+            self.note_end(left.request)
         # The oldest ends up first.
         for row in sorted(self._returning.values(), key=lambda row: -row.seq):
             self.return_to_line(row)

@@ -1,0 +1,197 @@
+"""Lay the rows of a step out as the arrays that its program takes."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from jchameleon.config import PREFILL_TILE_TOKENS, TRASH_PAGE
+from jchameleon.lora.layout import ChunkLayout
+from jchameleon.pallas.multi_lora import LoraWork, build_lora_work, max_work_items
+from jchameleon.runtime.drawing import RowSampling
+from jchameleon.runtime.programs import StepBatch
+from jchameleon.runtime.scoring import Targets
+
+DECODE_ROWS = (1, 4, 16, 32, 64, 128, 256)
+"""Rows of decode programs, up to the power of two that holds `max_running`.
+
+Fewer than all powers of two: every size is a program to compile at start.
+"""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class StepRow:
+    """One request's part of a step.
+
+    Attributes:
+      tokens: i32[n], a prompt chunk, or the last token in decode.
+      start: position of the first of them.
+      pages: i32[NB], the request's KV pages, padded with 0.
+      adapter_uid: resident adapter, or None.
+      sampling: how to draw the next token; None inside a prompt.
+      targets: prompt tokens to score; in prefill only.
+    """
+
+    tokens: np.ndarray
+    start: int
+    pages: np.ndarray
+    adapter_uid: str | None
+    sampling: RowSampling | None
+    targets: Targets | None = None
+
+
+class BatchBuilder:
+    """Builds steps, and knows the pages of resident adapters for them.
+
+    Built with numpy: the compiled call copies the arrays to the device.
+    """
+
+    def __init__(
+        self,
+        layout: ChunkLayout,
+        *,
+        block_tokens: int,
+        max_blocks: int,
+        max_chunks: int,
+    ) -> None:
+        """Start without adapters; `max_chunks` is of the largest one allowed."""
+        self._layout = layout
+        self._block_tokens = block_tokens
+        self._max_blocks = max_blocks
+        self._max_chunks = max_chunks
+        self._adapter_pages: dict[str, np.ndarray] = {}
+        self._lora_cache: tuple[Any, LoraWork] | None = None
+
+    @property
+    def num_adapters(self) -> int:
+        """Adapters that rows may name now."""
+        return len(self._adapter_pages)
+
+    def place(self, uid: str, pages: tuple[int, ...]) -> None:
+        """Let rows name an adapter that lies in `pages`."""
+        self._adapter_pages[uid] = np.asarray(pages, np.int32).reshape(
+            -1, self._layout.pages_per_chunk
+        )
+
+    def remove(self, uid: str) -> None:
+        """Forget an adapter's pages."""
+        del self._adapter_pages[uid]
+        self._lora_cache = None  # the same uid may come back in other pages
+
+    def build(
+        self,
+        rows: Sequence[StepRow],
+        num_tokens: int,
+        *,
+        prefill: bool,
+    ) -> StepBatch:
+        """Return the batch of a step of `num_tokens`, which the rows may not fill."""
+        tile = PREFILL_TILE_TOKENS if prefill else 1
+        num_tiles = num_tokens // tile
+        fields: dict[str, Any] = {
+            "tokens": np.zeros(num_tokens, np.int32),
+            "positions": np.zeros(num_tokens, np.int32),
+            "kv_pages": np.full(num_tokens, TRASH_PAGE, np.int32),
+            "page_table": np.zeros((num_tiles, self._max_blocks), np.int32),
+            "context_tokens": np.ones(num_tiles, np.int32),
+            "logit_tokens": np.zeros(sampler_rows(num_tiles), np.int32),
+        }
+        token_adapter = np.full(num_tokens, -1, np.int32)
+        # In order of appearance; the work list numbers them so.
+        uids = tuple(dict.fromkeys(r.adapter_uid for r in rows if r.adapter_uid))
+        indices: dict[str | None, int] = {uid: i for i, uid in enumerate(uids)}
+        indices[None] = -1
+        fill = self._fill_prefill if prefill else self._fill_decode
+        fill(rows, fields, token_adapter, indices)
+        return StepBatch(**fields, lora=self._lora_work(token_adapter, uids, tile))
+
+    def _fill_decode(
+        self,
+        rows: Sequence[StepRow],
+        fields: dict[str, np.ndarray],
+        token_adapter: np.ndarray,
+        indices: dict[str | None, int],
+    ) -> None:
+        """Write one token per row; whole columns at once, this is every step's work."""
+        count = len(rows)
+        positions = np.fromiter((row.start for row in rows), np.int32, count)
+        table = fields["page_table"]
+        for i, row in enumerate(rows):
+            table[i] = row.pages
+        fields["tokens"][:count] = [row.tokens[0] for row in rows]
+        fields["positions"][:count] = positions
+        fields["kv_pages"][:count] = table[
+            np.arange(count), positions // self._block_tokens
+        ]
+        fields["context_tokens"][:count] = positions + 1
+        fields["logit_tokens"][:count] = np.arange(count)
+        token_adapter[:count] = [indices[row.adapter_uid] for row in rows]
+
+    def _fill_prefill(
+        self,
+        rows: Sequence[StepRow],
+        fields: dict[str, np.ndarray],
+        token_adapter: np.ndarray,
+        indices: dict[str | None, int],
+    ) -> None:
+        """Write prompt chunks, each from a new tile on."""
+        tile = PREFILL_TILE_TOKENS
+        at = 0  # first tile of the row
+        for row, tiles in zip(rows, row_tiles(rows, prefill=True), strict=True):
+            first, count = at * tile, len(row.tokens)
+            own = slice(first, first + count)
+            place = np.arange(row.start, row.start + count, dtype=np.int32)
+            fields["tokens"][own] = row.tokens
+            fields["positions"][own] = place
+            fields["kv_pages"][own] = row.pages[place // self._block_tokens]
+            token_adapter[own] = indices[row.adapter_uid]
+            last = at + tiles - 1
+            fields["page_table"][at : last + 1] = row.pages
+            fields["context_tokens"][at : last + 1] = np.minimum(
+                row.start + tile * np.arange(1, tiles + 1), row.start + count
+            )
+            fields["logit_tokens"][last] = first + count - 1
+            at += tiles
+
+    def _lora_work(
+        self, token_adapter: np.ndarray, uids: tuple[str, ...], tile: int
+    ) -> LoraWork:
+        # Rows and adapters seldom change from one decode step to the next.
+        key = (tile, uids, token_adapter.tobytes())
+        if self._lora_cache is not None and self._lora_cache[0] == key:
+            return self._lora_cache[1]
+        work = LoraWork(
+            **build_lora_work(
+                token_adapter,
+                [self._adapter_pages[uid] for uid in uids],
+                num_items=max_work_items(len(token_adapter), tile, self._max_chunks),
+                pages_per_chunk=self._layout.pages_per_chunk,
+            )
+        )
+        if tile == 1:
+            self._lora_cache = (key, work)
+        return work
+
+
+def sampler_rows(num_tiles: int) -> int:
+    """Return the rows of the sampler for a step with this many logits: a decode size.
+
+    Prefill steps share the samplers of decode that way.
+    """
+    return next(
+        (size for size in DECODE_ROWS if size >= num_tiles),
+        1 << (num_tiles - 1).bit_length(),
+    )
+
+
+def row_tiles(rows: Sequence[StepRow], *, prefill: bool) -> list[int]:
+    """Return how many tiles of the step each row takes."""
+    if not prefill:
+        return [1] * len(rows)
+    return [-(-len(row.tokens) // PREFILL_TILE_TOKENS) for row in rows]
+
+
+def last_tiles(rows: Sequence[StepRow], *, prefill: bool) -> np.ndarray:
+    """Return i64[rows], the last tile of each row within the step."""
+    return np.cumsum(row_tiles(rows, prefill=prefill)) - 1
