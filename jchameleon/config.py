@@ -190,7 +190,8 @@ class EngineConfig:
       pool_bytes: device bytes for KV blocks and adapters together; None takes 1 GiB,
         less where so much can never be used, more where one request needs it.
       lora_targets: projections that adapters may touch, fixed at start; None takes
-        q, k, v, o and whatever else the adapters given at start touch.
+        q, k, v, o and whatever else the adapters given at start touch. An empty list
+        leaves LoRA out of the programs, and every adapter is refused.
       max_lora_rank: adapters above are refused.
       max_loads_in_flight: adapter loads under way at once (bounds staging memory).
       host_cache_bytes: host memory that keeps adapter weights; those used longest ago

@@ -57,6 +57,8 @@ def test_report_quick_run_has_every_part(report):
         "calibration",
         "rows",
         "ratios",
+        "engine",
+        "checks",
         "same_outputs",
     }
     assert found["settings"]["model"] == "tiny"
@@ -92,6 +94,23 @@ def test_report_quick_run_loads_adapters_in_the_cold_row_only(report):
     misses = {row["key"]: row["adapter_misses"] for row in found["rows"]}
     assert misses.pop("cold") == found["settings"]["num_requests"]
     assert set(misses.values()) == {0}
+
+
+def test_report_quick_run_checks_every_bar_that_it_can(report, tools):
+    text, found = report
+    bars = {*tools("bench_workload").BARS, *tools("bench_engine").BARS}
+    if not PEERS_HERE:
+        bars -= {name for name in bars if "PEFT" in name}
+    assert {row["name"] for row in found["checks"]} == bars
+    for row in found["checks"]:
+        least, most = sorted((row["figure"], row["bar"]))
+        kept = least == row["bar"] if row["least"] else most == row["bar"]
+        assert row["ok"] == kept
+        assert f"{row['name']:36}" in text
+    engine = found["engine"]
+    assert engine["compiles"] == 0
+    assert 0 < engine["host_s"] <= engine["host_p90_s"] < math.inf
+    assert engine["iterations"] > 10 and min(engine["starts_s"]) > 0.1
 
 
 def test_report_quick_run_computes_what_the_peers_compute(report):

@@ -285,7 +285,6 @@ def test_layout_equal_arguments_compare_and_hash_equal():
 @pytest.mark.parametrize(
     ("targets", "elems", "message"),
     [
-        ((), 64, "targets="),
         (("q", "lm_head"), 64, "lm_head"),
         (("q",), 0, "page_elems=0"),
         (("q",), 96, "page_elems=96 must be a positive multiple of 64"),
@@ -366,3 +365,11 @@ def test_describe_lists_what_an_adapter_touches():
         "dtypes": ["float32"],
         "num_bytes": 4 * (3 * (24 + 18) + 8 * (24 + 18) + 2 * (20 + 24)),
     }
+
+
+def test_layout_without_targets_refuses_every_adapter():
+    layout = ChunkLayout(ODD, (), page_elems(ODD))
+    assert layout.groups == ()
+    adapter = random_adapter(ODD, everywhere(ODD, ("q",), 4))
+    with pytest.raises(AdapterError, match="touches q, but .* none: LoRA is off"):
+        layout.check_targets(adapter)

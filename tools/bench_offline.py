@@ -25,10 +25,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from bench_engine import BARS as ENGINE_BARS
+from bench_engine import measure_engine, print_engine
 from bench_machine import calibrate, describe_machine, hold_to_cores, versions
 from bench_peers import PACKAGES as PEER_PACKAGES
 from bench_peers import Peers, missing_packages
 from bench_workload import (
+    BARS,
     QUICK,
     Case,
     Sample,
@@ -65,7 +68,8 @@ class Ours:
         self._settings = settings
         self._folder = folder
         self._num_cold = 0
-        self._plain = LLM(settings.model, **options)
+        # Programs without LoRA, the most that rows of the base model can hope for.
+        self._plain = LLM(settings.model, **{**options, "lora_targets": ()})
         self._llm = LLM(settings.model, adapters=adapters, **options)
 
     def run(
@@ -210,6 +214,8 @@ def run_bench(settings: Settings, *, peers_note: str) -> dict[str, Any]:
     before = calibrate(**calibration_sizes)
     model, samples = measure(settings, cases)
     after = calibrate(**calibration_sizes)
+    engine = measure_engine(settings.model, repeats=settings.repeats)
+    ratios = paired_ratios(samples)
     best = {name: max(before[name], after[name]) for name in before}
     return {
         "settings": dataclasses.asdict(settings),
@@ -222,7 +228,9 @@ def run_bench(settings: Settings, *, peers_note: str) -> dict[str, Any]:
             summarise(case, samples[case.key], floor(model, settings, case, **best))
             for case in cases
         ],
-        "ratios": paired_ratios(samples),
+        "ratios": ratios,
+        "engine": engine,
+        "checks": checks(ratios, engine),
         "same_outputs": {
             f"{first} = {second}": same_outputs(samples, first, second)
             for first, second in (
@@ -235,6 +243,23 @@ def run_bench(settings: Settings, *, peers_note: str) -> dict[str, Any]:
             if first in samples and second in samples
         },
     }
+
+
+def checks(ratios: Mapping[str, Any], engine: Mapping[str, Any]) -> list[dict]:
+    """Return every bar with its figure and whether it was kept."""
+    found = [
+        {"name": name, "figure": ratios[name]["median"], "bar": bar, "least": True}
+        for name, bar in BARS.items()
+        if name in ratios
+    ]
+    found += [
+        {"name": name, "figure": engine[name], "bar": bar, "least": False}
+        for name, bar in ENGINE_BARS.items()
+    ]
+    for row in found:
+        distance = row["figure"] - row["bar"]
+        row["ok"] = distance >= 0 if row["least"] else distance <= 0
+    return found
 
 
 def print_report(report: Mapping[str, Any]) -> None:
@@ -284,6 +309,13 @@ def print_report(report: Mapping[str, Any]) -> None:
     print("\nrequests with the same tokens")
     for name, share in report["same_outputs"].items():
         print(f"{name:36} {share:22.0%}")
+    print()
+    print_engine(report["engine"])
+    print(f"\n{'':36} {'figure':>10} {'bar':>12}")
+    for row in report["checks"]:
+        bar = f"{'>=' if row['least'] else '<='} {row['bar']:g}"
+        verdict = "ok" if row["ok"] else "MISSED"
+        print(f"{row['name']:36} {row['figure']:10.4g} {bar:>12} {verdict}")
 
 
 def shown(values: Mapping[str, float], digits: int) -> str:

@@ -69,7 +69,7 @@ class ChunkLayout:
 
     Attributes:
       model: shapes of the projections.
-      targets: projections that adapters may touch; kept in canonical order.
+      targets: projections that adapters may touch, or none; kept in canonical order.
       page_elems: elements of a page in one layer, a multiple of 64.
       groups: blocks of a chunk, in layer order.
       chunk_elems: elements of a chunk in one layer, before rounding to pages.
@@ -86,11 +86,9 @@ class ChunkLayout:
     pages_per_chunk: int = dataclasses.field(init=False, compare=False)
 
     def __post_init__(self) -> None:
-        unknown = [t for t in self.targets if t not in PROJECTIONS]
-        if unknown or not self.targets:
+        if any(target not in PROJECTIONS for target in self.targets):
             raise ConfigError(
-                f"targets={self.targets!r} must be one or more of "
-                + ", ".join(PROJECTIONS)
+                f"targets={self.targets!r} must be among " + ", ".join(PROJECTIONS)
             )
         if self.page_elems <= 0 or self.page_elems % ALIGN_ELEMS:
             raise ConfigError(
@@ -110,7 +108,8 @@ class ChunkLayout:
         set_field(self, "targets", targets)
         set_field(self, "groups", tuple(groups))
         set_field(self, "chunk_elems", chunk_elems)
-        set_field(self, "pages_per_chunk", -(-chunk_elems // self.page_elems))
+        # Without targets there are no adapters, and so no chunks.
+        set_field(self, "pages_per_chunk", max(1, -(-chunk_elems // self.page_elems)))
 
     def num_chunks(self, rank: int) -> int:
         """Return the chunks of an adapter of `rank` >= 1: ceil(rank / 8)."""
@@ -159,7 +158,7 @@ class ChunkLayout:
         if extra:
             raise AdapterError(
                 f"adapter touches {', '.join(extra)}, but lora_targets are "
-                + ", ".join(self.targets)
+                + (", ".join(self.targets) or "none: LoRA is off")
             )
 
     def _check_module(self, layer: int, projection: str, pair: LoraPair) -> None:
