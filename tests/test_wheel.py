@@ -1,4 +1,4 @@
-"""The wheel is whole: installed where nothing else is, it generates.
+"""The wheel is whole: installed where nothing else is, it does what the README says.
 
 The environment is a fresh one and the dependencies are installed into it as a user's
 would be, which takes about half a minute; nothing of this checkout is on its path.
@@ -6,8 +6,11 @@ would be, which takes about half a minute; nothing of this checkout is on its pa
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
+import textwrap
 import zipfile
 from pathlib import Path
 
@@ -89,20 +92,66 @@ print(json.dumps({"text": output.text, "adapters": sorted(demo_adapters())}))
 """
 
 
-@pytest.mark.timeout(480)
-def test_installed_wheel_generates_away_from_the_checkout(wheel, tmp_path):
+@pytest.fixture(scope="module")
+def bin_folder(wheel, tmp_path_factory):
+    """Return the programs of an environment that has the wheel and what it asks for."""
     smollm2_path()  # the model is there, or the test says why it is skipped
-    venv = tmp_path / "venv"
-    run(sys.executable, "-m", "venv", venv, cwd=tmp_path)
-    python = venv / "bin" / "python"
+    folder = tmp_path_factory.mktemp("newcomer")
+    run(sys.executable, "-m", "venv", folder / "venv", cwd=folder)
+    programs = folder / "venv" / "bin"
     # Byte code for all of jax would double the time; what runs is compiled on import.
-    pip = [python, "-m", "pip", "install", "--quiet", "--no-compile"]
-    run(*pip, wheel, cwd=tmp_path)
-    result = json.loads(run(python, "-c", GENERATE, cwd=tmp_path).splitlines()[-1])
+    pip = [programs / "python", "-m", "pip", "install", "--quiet", "--no-compile"]
+    run(*pip, wheel, cwd=folder)
+    return programs
+
+
+@pytest.mark.timeout(480)
+def test_installed_wheel_generates_away_from_the_checkout(bin_folder, tmp_path):
+    result = json.loads(
+        run(bin_folder / "python", "-c", GENERATE, cwd=tmp_path).splitlines()[-1]
+    )
     assert "Paris" in json.loads(result["text"])["answer"]
     assert result["adapters"] == sorted(path.name for path in ADAPTER_FOLDERS)
 
     adapter = ADAPTER_FOLDERS[0]
-    command = [venv / "bin" / "jchameleon", "adapters", "inspect", "--json", adapter]
+    command = [bin_folder / "jchameleon", "adapters", "inspect", "--json", adapter]
     facts = json.loads(run(*command, cwd=tmp_path))
     assert facts["targets"] == ["q", "v"]
+
+
+# What the README asks for in a checkout, where other tests and .ci/run do it.
+IN_A_CHECKOUT = ("make ", "pip install ", ".venv-test/bin/python tools/")
+
+
+def readme_steps():
+    """Return the README's Python blocks and commands in order, as (language, text)."""
+    text = (ROOT / "README.md").read_text("utf-8")
+    pattern = r"^```(\w+)\n(.*?)^```$|^((?: {4}[^\n]*\n)+)"
+    steps = []
+    for fence in re.finditer(pattern, text, re.DOTALL | re.MULTILINE):
+        language, block, indented = fence.groups()
+        if language == "python":
+            steps.append(("python", block))
+        elif indented is not None:
+            lines = textwrap.dedent(indented).replace("\\\n", " ").splitlines()
+            commands = [line.partition("  #")[0].strip() for line in lines]
+            steps += [("bash", command) for command in commands if command]
+    return steps
+
+
+@pytest.mark.timeout(900)
+def test_newcomer_follows_the_readme_line_by_line(bin_folder, tmp_path):
+    """Every example, as it stands, in an empty folder with an adapter of one's own."""
+    shutil.copytree(ADAPTER_FOLDERS[0], tmp_path / "path" / "to" / "peft_dir")
+    ran = []
+    for language, text in readme_steps():
+        if language == "bash" and text.startswith(IN_A_CHECKOUT):
+            continue
+        if language == "python":
+            command = [bin_folder / "python", "-c", text]
+        else:
+            assert text.startswith("jchameleon "), f"the README asks for {text!r}"
+            command = ["bash", "-ec", f'PATH="{bin_folder}:$PATH"; {text}']
+        run(*command, cwd=tmp_path)
+        ran.append(language)
+    assert ran.count("python") >= 2 and ran.count("bash") >= 5
