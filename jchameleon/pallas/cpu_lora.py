@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numba
 import numpy as np
+from jax import lax
 
 from jchameleon.lora.layout import GroupLayout
 from jchameleon.pallas import cpu_ffi
@@ -28,7 +29,26 @@ def multi_lora_cpu(
     *,
     group: GroupLayout,
 ) -> jax.Array:  # f32[N, T]
-    """Return `y + B_a A_a x` per token, a being the token's adapter."""
+    """Return `y + B_a A_a x` per token, a being the token's adapter.
+
+    A step of base rows alone passes `y` on.
+    """
+    return lax.cond(
+        work.count > 0,
+        lambda: y + _delta(y, x, pool, work, group=group),
+        lambda: y,
+    )
+
+
+def _delta(
+    y: jax.Array,  # f32[N, T]
+    x: jax.Array,  # f32[d_in, T]
+    pool: jax.Array,  # f32[P, E]
+    work: LoraWork,
+    *,
+    group: GroupLayout,
+) -> jax.Array:  # f32[N, T]
+    """Return the product to be added to `y`."""
     num_tokens = x.shape[1]
     num_columns = group.b_shape[1]
     columns = [number for p in group.projections for number in group.columns[p]]
@@ -59,12 +79,16 @@ def multi_lora_cpu(
                 np.int32(first),
             )
         )
-    delta = jnp.concatenate(parts)
-    for projection in group.projections:
+    delta = jnp.concatenate(parts).T  # rows as in B
+    pieces, row = [], 0
+    for projection in group.projections:  # in the order of y's rows
         start, size = group.columns[projection]
-        row = group.out_columns[projection][0]
-        y = y.at[row : row + size].add(delta[:, start : start + size].T)
-    return y
+        first_row = group.out_columns[projection][0]
+        pieces.append(jnp.zeros((first_row - row, num_tokens), y.dtype))
+        pieces.append(delta[start : start + size])
+        row = first_row + size
+    pieces.append(jnp.zeros((y.shape[0] - row, num_tokens), y.dtype))
+    return jnp.concatenate(pieces)
 
 
 def handle(frame: int) -> int:
