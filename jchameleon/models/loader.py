@@ -11,7 +11,8 @@ from jchameleon.models.embedded import smollm2_gguf
 from jchameleon.models.files import short
 from jchameleon.models.gguf import gguf_config, load_gguf_params
 from jchameleon.models.gguf_file import GgufFile, read_gguf
-from jchameleon.models.hf import load_hf_config, load_hf_params
+from jchameleon.models.hf import load_hf_params
+from jchameleon.models.hf_config import load_hf_config
 from jchameleon.models.params import Params, numpy_dtype, random_params
 from jchameleon.models.tokenizer import Tokenizer, byte_tokenizer
 from jchameleon.resources import configs_dir
@@ -52,13 +53,36 @@ def load_model(name_or_path: str, *, dtype: str) -> LoadedModel:
       ConfigError: unknown dtype, or the cache directory cannot be written.
     """
     numpy_dtype(dtype)  # refuses an unknown one before any download
-    if name_or_path in preset_names():
+    path = _find(name_or_path)
+    if path is None:
         return _load_preset(name_or_path, dtype)
+    if path.is_dir():
+        return _load_directory(path, dtype)
+    return _load_gguf(read_gguf(path), dtype)
+
+
+def load_model_config(name_or_path: str) -> ModelConfig:
+    """Return the shape of a model without reading, or fetching, its weights.
+
+    Raises as `load_model` does.
+    """
+    path = _find(name_or_path)
+    if path is None:
+        return ModelConfig.preset(name_or_path)
+    if path.is_dir():
+        return load_hf_config(path)
+    return gguf_config(read_gguf(path))
+
+
+def _find(name_or_path: str) -> Path | None:
+    """Return the directory or .gguf file that a name means, None for a preset."""
+    if name_or_path in preset_names():
+        return None
     path = Path(os.path.expanduser(name_or_path))
     if name_or_path and path.is_dir():
-        return _load_directory(path, dtype)
+        return path
     if path.suffix == ".gguf" and path.is_file():
-        return _load_gguf(read_gguf(path), dtype)
+        return path
     if path.is_file():
         raise ModelLoadError(
             f"{path} must be a Hugging Face directory or a file that ends in .gguf"

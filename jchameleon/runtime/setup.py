@@ -136,6 +136,11 @@ def resolve_max_model_len(config: EngineConfig, model: ModelConfig) -> int:
             f"max_model_len={config.max_model_len} exceeds the model's context of "
             f"{model.max_position_embeddings}"
         )
+    if config.max_model_len > model.max_exact_tokens:
+        raise ConfigError(
+            f"max_model_len={config.max_model_len} exceeds the model's sliding window "
+            f"of {model.sliding_window} tokens; attention beyond it is not supported"
+        )
     return config.max_model_len
 
 
