@@ -21,6 +21,9 @@ PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
 
 ATTENTION_PROJECTIONS = ("q", "k", "v", "o")
 
+MOST_LAYERS = 10_000
+"""No model has so many; a file that claims more is damaged or hostile."""
+
 PREFILL_TILE_TOKENS = 32
 """Prompt chunks of a packed prefill start at multiples of this (one request a tile)."""
 
@@ -117,6 +120,10 @@ class ModelConfig:
             value = getattr(self, field)
             if not isinstance(value, int) or value <= 0:
                 raise ConfigError(f"{field}={value!r} must be a positive integer")
+        if self.num_layers > MOST_LAYERS:
+            raise ConfigError(
+                f"num_layers={self.num_layers} must be at most {MOST_LAYERS}"
+            )
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(
                 f"num_heads={self.num_heads} must be a multiple of "
@@ -153,6 +160,11 @@ class ModelConfig:
     def kv_dim(self) -> int:
         """Output features of the key projection, and of the value projection."""
         return self.num_kv_heads * self.head_dim
+
+    @property
+    def kv_elems(self) -> int:
+        """Elements of a token's key and value in one layer."""
+        return 2 * self.kv_dim
 
     def projection_shape(self, projection: str) -> tuple[int, int]:
         """Return (d_in, d_out) of one of `PROJECTIONS`."""

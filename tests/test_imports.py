@@ -81,6 +81,8 @@ WITHOUT_JAX = (
     "models.hf",
     "models.hf_config",
     "models.gguf",
+    "models.describe",
+    "models.export",
     "models.loader",
     "runtime.output",
     "runtime.policy",

@@ -110,6 +110,7 @@ def test_config_rope_spellings_translate(tmp_path, fields, theta, scaling):
         ({"rope_scaling": [1]}, ["rope_scaling"]),
         ({"hidden_size": "32"}, ["hidden_size", "'32'"]),
         ({"num_hidden_layers": 0}, ["num_layers", "0"]),
+        ({"num_hidden_layers": 10**9}, ["num_hidden_layers=1000000000", "10000"]),
         ({"num_attention_heads": 5}, ["num_attention_heads", "5"]),
         ({"num_attention_heads": 0}, ["num_attention_heads", "0"]),
         ({"num_key_value_heads": 3}, ["num_kv_heads", "3"]),

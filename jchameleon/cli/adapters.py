@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from jchameleon.cli.options import add_model
+from jchameleon.cli.options import add_model, print_facts
 from jchameleon.config import EngineConfig
 
 
@@ -38,18 +38,7 @@ def run_inspect(args: argparse.Namespace) -> None:
         print(json.dumps(facts, ensure_ascii=False))
         return
     facts["layers"] = _ranges(facts["layers"])
-    width = max(map(len, facts))
-    for key, value in facts.items():
-        print(f"{key:<{width}}  {_plain(value)}")
-
-
-def _plain(value: Any) -> str:
-    """Return a fact of an adapter as people write it."""
-    if isinstance(value, dict):
-        return "; ".join(f"{key} {_plain(item)}" for key, item in value.items())
-    if isinstance(value, list):
-        return ", ".join(map(_plain, value))
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    print_facts(facts)
 
 
 def _ranges(numbers: list[int]) -> list[str]:

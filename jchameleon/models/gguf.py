@@ -204,6 +204,12 @@ def load_gguf_params(file: GgufFile, config: ModelConfig, *, dtype: str) -> Para
     return params
 
 
+def gguf_dtype(file: GgufFile) -> str:
+    """Return the parameter dtype that holds every dequantised value exactly."""
+    kinds = {tensor.type for tensor in file.tensors.values()}
+    return "bfloat16" if kinds == {GGMLQuantizationType.BF16} else "float32"
+
+
 def unpermuted_rows(num_heads: int, head_dim: int) -> np.ndarray:
     """Return, for each row of a GGUF q or k matrix, its row in the HF matrix, i64[n].
 

@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 
 from jchameleon.config import ModelConfig
 from jchameleon.errors import ModelLoadError
-from jchameleon.models.files import one_line, read_json, short
+from jchameleon.models.files import INDEX, WEIGHTS, one_line, read_json, short
 from jchameleon.models.params import (
     Params,
     allocate,
@@ -19,8 +19,6 @@ from jchameleon.models.params import (
     tensor_views,
 )
 
-_WEIGHTS = "model.safetensors"
-_INDEX = "model.safetensors.index.json"
 _DTYPES = ("F32", "F16", "BF16")
 
 
@@ -77,14 +75,32 @@ def load_hf_params(directory: Path, config: ModelConfig, *, dtype: str) -> Param
     return params
 
 
+def hf_dtype(directory: Path) -> str:
+    """Return the parameter dtype that holds every stored value exactly.
+
+    Raises:
+      ModelLoadError: files missing, pickled or corrupt.
+    """
+    files = _tensor_files(directory)
+    stored = set()
+    for path in sorted(set(files.values())):
+        with _open(path) as file:
+            stored |= {
+                file.get_slice(name).get_dtype()
+                for name in file.keys()  # noqa: SIM118
+                if files.get(name) == path
+            }
+    return "bfloat16" if stored == {"BF16"} else "float32"
+
+
 def _tensor_files(directory: Path) -> dict[str, Path]:
     """Return which file holds each tensor, RoPE buffers left out."""
     files: dict[str, Path] = {}
-    if (directory / _WEIGHTS).is_file():
-        path = directory / _WEIGHTS
+    if (directory / WEIGHTS).is_file():
+        path = directory / WEIGHTS
         with _open(path) as file:
             files = {name: path for name in file.keys()}  # noqa: SIM118
-    elif (directory / _INDEX).is_file():
+    elif (directory / INDEX).is_file():
         files = _indexed_files(directory)
     else:
         pickled = sorted(p.name for p in directory.glob("*.bin"))
@@ -93,14 +109,14 @@ def _tensor_files(directory: Path) -> dict[str, Path]:
                 f"{directory}: pickled weights ({pickled[0]}) are refused, because "
                 "reading them can run code; save the model as safetensors"
             )
-        raise ModelLoadError(f"{directory}: neither {_WEIGHTS} nor {_INDEX} is there")
+        raise ModelLoadError(f"{directory}: neither {WEIGHTS} nor {INDEX} is there")
     # Old checkpoints store the rotary frequencies, which follow from the config.
     return {n: p for n, p in files.items() if not n.endswith("rotary_emb.inv_freq")}
 
 
 def _indexed_files(directory: Path) -> dict[str, Path]:
     """Return the index's tensor -> file map, checked against the files themselves."""
-    index = directory / _INDEX
+    index = directory / INDEX
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ModelLoadError(f"{index}: weight_map must be a non-empty object")
@@ -123,13 +139,13 @@ def _indexed_files(directory: Path) -> dict[str, Path]:
             held = set(file.keys())
         for name in sorted(names - held):
             raise ModelLoadError(
-                f"{directory / file_name}: tensor {name!r} is missing, though {_INDEX} "
+                f"{directory / file_name}: tensor {name!r} is missing, though {INDEX} "
                 "places it there"
             )
         for name in sorted(held - names):
             raise ModelLoadError(
                 f"{directory / file_name}: tensor {name!r} is not placed there by "
-                f"{_INDEX}"
+                f"{INDEX}"
             )
     return {name: directory / file_name for name, file_name in weight_map.items()}
 

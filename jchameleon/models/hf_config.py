@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jchameleon.config import ModelConfig, RopeScaling
+from jchameleon.config import MOST_LAYERS, ModelConfig, RopeScaling
 from jchameleon.errors import ConfigError, ModelLoadError
 from jchameleon.families import FAMILIES
 from jchameleon.models.files import read_json, short
@@ -35,9 +35,6 @@ _FAMILY_NEUTRAL: dict[str, dict[str, tuple[Any, ...]]] = {
     "qwen2": {"attention_bias": (True,)},
     "qwen3": {},
 }
-
-# More layers than any model has; a list of those that slide stays small.
-_MOST_LAYERS = 10_000
 
 _ROPE_KEYS = {
     "default": set(),
@@ -82,6 +79,10 @@ def load_hf_config(directory: Path) -> ModelConfig:
         head_dim = hidden_size // num_heads
     num_kv_heads = config.get("num_key_value_heads")
     num_layers = _integer(config, "num_hidden_layers", path)
+    if num_layers > MOST_LAYERS:  # before any list of them
+        raise ModelLoadError(
+            f"{path}: num_hidden_layers={num_layers} must be at most {MOST_LAYERS}"
+        )
     rope_theta, rope_scaling = _rope(config, path)
     window, sliding_layers = _window(config, name, num_layers, path)
     bias = name in ("llama", "qwen3") and _boolean(config, "attention_bias", path)
@@ -206,10 +207,6 @@ def _window(
     if kinds is None:
         if window is None:
             return None, ()
-        if num_layers > _MOST_LAYERS:
-            raise ModelLoadError(
-                f"{path}: num_hidden_layers={num_layers} must be at most {_MOST_LAYERS}"
-            )
         first = 0 if mode == "every" else _integer(config, "max_window_layers", path)
         layers = tuple(range(max(0, first), num_layers))
         return (window, layers) if layers else (None, ())

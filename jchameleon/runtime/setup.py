@@ -146,7 +146,7 @@ def resolve_max_model_len(config: EngineConfig, model: ModelConfig) -> int:
 
 def page_elems(config: EngineConfig, model: ModelConfig) -> int:
     """Return elements of a page in one layer: keys and values of one block."""
-    return 2 * model.kv_dim * config.kv_block_tokens
+    return model.kv_elems * config.kv_block_tokens
 
 
 def chunk_layout(
