@@ -25,6 +25,15 @@ CONFIG: dict[str, Any] = {
 }
 
 
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "factor": 32.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
 def tiny_tensors(
     seed: int = 0, *, tied: bool = False, qkv_bias: bool = False, qk_norm: bool = False
 ) -> dict[str, np.ndarray]:

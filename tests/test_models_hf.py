@@ -7,21 +7,13 @@ import ml_dtypes
 import model_files
 import numpy as np
 import pytest
-from model_files import tiny_tensors, write_hf, write_index, write_json
+from model_files import LLAMA3_ROPE, tiny_tensors, write_hf, write_index, write_json
 from safetensors.numpy import save_file
 
 from jchameleon.errors import ModelLoadError
 from jchameleon.models.hf import load_hf_params
 from jchameleon.models.hf_config import load_hf_config
 from jchameleon.models.params import tensor_views
-
-LLAMA3_ROPE = {
-    "rope_type": "llama3",
-    "factor": 32.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
 
 
 def load_views(directory: Path, dtype: str) -> dict[str, np.ndarray]:

@@ -5,19 +5,11 @@ import json
 import random
 
 import pytest
-from model_files import tiny_tensors, write_hf, write_json
+from model_files import LLAMA3_ROPE, tiny_tensors, write_hf, write_json
 
 from jchameleon.config import ModelConfig, RopeScaling
 from jchameleon.errors import ModelLoadError
 from jchameleon.models.hf_config import hf_config_table, load_hf_config
-
-LLAMA3_ROPE = {
-    "rope_type": "llama3",
-    "factor": 32.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
 
 
 def test_config_plain_llama_translates(tmp_path):

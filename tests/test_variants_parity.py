@@ -3,8 +3,10 @@
 Checkpoints are written by transformers itself; adapters touch all projections.
 """
 
+import json
+
 import pytest
-from engine_harness import import_oracle
+from engine_harness import import_oracle, quiet
 from model_files import write_hf
 from parity_harness import (
     ATTENTION,
@@ -16,8 +18,10 @@ from parity_harness import (
     run_case,
 )
 
-from jchameleon.errors import ConfigError, InvalidRequestError
+from jchameleon.errors import AdapterError, ConfigError, InvalidRequestError
 from jchameleon.llm import LLM
+from jchameleon.lora.peft import load_peft_adapter
+from jchameleon.models.hf_config import load_hf_config
 from jchameleon.sampling import SamplingParams
 
 ADAPTERS = {
@@ -128,3 +132,25 @@ def test_engine_beyond_the_window_is_refused(tmp_path):
     path = sliding_model(tmp_path, 48)
     with pytest.raises(ConfigError, match="max_model_len=49 exceeds.*window of 48"):
         LLM(path, max_model_len=49)
+
+
+@pytest.mark.parametrize("targets", [["q_norm"], r".*self_attn\.q_.*"])
+def test_adapter_that_selects_a_head_norm_is_refused_as_by_peft(
+    oracle, tmp_path, targets
+):
+    with quiet():
+        config = oracle.transformers.Qwen3Config(**SHAPE, vocab_size=96, head_dim=8)
+        model = oracle.transformers.Qwen3ForCausalLM(config)
+        model.save_pretrained(tmp_path / "model")
+        lora = oracle.peft.LoraConfig(r=2, target_modules=targets)
+        with pytest.raises(ValueError, match="Qwen3RMSNorm.*is not supported"):
+            oracle.peft.get_peft_model(model, lora)
+        lora = oracle.peft.LoraConfig(r=2, target_modules=["q_proj"])
+        oracle.peft.get_peft_model(model, lora).save_pretrained(tmp_path / "adapter")
+    path = tmp_path / "adapter" / "adapter_config.json"
+    settings = json.loads(path.read_text())
+    path.write_text(json.dumps({**settings, "target_modules": targets}))
+    with pytest.raises(AdapterError, match=r"self_attn\.q_norm"):
+        load_peft_adapter(
+            tmp_path / "adapter", load_hf_config(tmp_path / "model"), max_rank=8
+        )

@@ -3,20 +3,73 @@
 import json
 import re
 import secrets
-from collections.abc import Iterable
+import threading
+from collections.abc import Iterable, Iterator
 
 from tokenizers import Tokenizer as Backend
 
 from jchameleon.errors import InvalidRequestError
 
+Parts = Iterable[tuple[str, bool]]
+"""Pieces of a text: (text, whether special tokens spelled in it are those tokens)."""
+
 
 class SpecialGuard:
-    """A tokenizer that knows special tokens by secret names only.
+    """Encodes texts in which only some parts may spell special tokens.
 
-    A copy of the vocabulary in which special tokens are renamed: text cannot spell
-    them, and a caller who means one writes its secret name. All else, such as what a
-    special token does to the blanks around it, stays as it is.
+    Where the other parts spell none, the vocabulary itself does it. Else a copy of it
+    does, in which special tokens go by secret names: no text can spell them, and the
+    parts that may are given those names. All else, such as what a special token does
+    to the blanks around it, stays as it is.
     """
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+        special = [
+            token
+            for token in backend.get_added_tokens_decoder().values()
+            if token.special
+        ]
+        # Of two that begin at the same character the longer one counts.
+        texts = sorted((token.content for token in special), key=len, reverse=True)
+        self._pattern = re.compile("|".join(map(re.escape, texts)) or _NOTHING)
+        # A normaliser can make special tokens of texts in which there are none yet.
+        self._always = backend.normalizer is not None and any(
+            token.normalized for token in special
+        )
+        self._lock = threading.Lock()
+        self._copy: _RenamedCopy | None = None
+
+    def find(self, text: str) -> str | None:
+        """Return the first special token that `text` spells, None where it has none."""
+        found = self._pattern.search(text)
+        return None if found is None else found[0]
+
+    def encode(self, parts: Parts) -> list[int]:
+        """Return the ids of the joined parts; see `Tokenizer.encode_parts`."""
+        parts = list(parts)
+        text = "".join(part for part, _ in parts)
+        if not self._always and [
+            found.span() for found in self._pattern.finditer(text)
+        ] == list(self._spans(parts)):
+            return encode_text(self._backend, text)
+        with self._lock:
+            if self._copy is None:
+                self._copy = _RenamedCopy(self._backend)
+        return self._copy.encode(parts, self._pattern)
+
+    def _spans(self, parts: Parts) -> Iterator[tuple[int, int]]:
+        """Yield where special tokens lie that the parts may spell."""
+        offset = 0
+        for part, special in parts:
+            if special:
+                for found in self._pattern.finditer(part):
+                    yield found.start() + offset, found.end() + offset
+            offset += len(part)
+
+
+class _RenamedCopy:
+    """A vocabulary whose special tokens are known by secret names only."""
 
     def __init__(self, backend: Backend) -> None:
         table = json.loads(backend.to_str())
@@ -39,17 +92,10 @@ class SpecialGuard:
         self._spelled = {
             vocab[text]: text for text in self._names if text in vocab
         }  # in the vocabulary itself: merging might make them of plain text
-        # Of two that begin at the same character the longer one counts. The pattern of
-        # no alternatives, which matches nothing, is spelled so.
-        longest_first = sorted(self._names, key=len, reverse=True)
-        self.pattern = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
 
-    def encode(self, parts: Iterable[tuple[str, bool]]) -> list[int]:
-        """Return the ids of the joined parts; see `Tokenizer.encode_parts`."""
+    def encode(self, parts: Parts, pattern: re.Pattern[str]) -> list[int]:
         text = "".join(
-            self.pattern.sub(lambda found: self._names[found[0]], part)
-            if special
-            else part
+            pattern.sub(lambda found: self._names[found[0]], part) if special else part
             for part, special in parts
         )
         ids = encode_text(self._backend, text)
@@ -60,6 +106,10 @@ class SpecialGuard:
                     "this vocabulary cannot write as plain text"
                 )
         return [self._ids.get(token_id, token_id) for token_id in ids]
+
+
+_NOTHING = r"(?!)"
+"""The pattern that matches nowhere; no alternatives at all would match everywhere."""
 
 
 def encode_text(backend: Backend, text: str) -> list[int]:

@@ -3,7 +3,6 @@
 import codecs
 import json
 import re
-import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -16,7 +15,7 @@ from jchameleon.errors import InvalidRequestError, ModelLoadError
 from jchameleon.models.chat import token_text
 from jchameleon.models.files import one_line, read_json
 from jchameleon.models.gguf_vocabulary import gguf_vocabulary
-from jchameleon.models.special_guard import SpecialGuard, encode_text
+from jchameleon.models.special_guard import Parts, SpecialGuard, encode_text
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
@@ -48,8 +47,7 @@ class Tokenizer:
           ModelLoadError: the decoder is of a kind that cannot be decoded piecewise.
         """
         self._backend = backend
-        self._guard: SpecialGuard | None = None
-        self._lock = threading.Lock()
+        self._guard = SpecialGuard(backend)
         self._piece_of, self._strip_spaces = _piece_decoder(backend)
         added = backend.get_added_tokens_decoder()
         self._special_ids = {i for i, token in added.items() if token.special}
@@ -157,7 +155,7 @@ class Tokenizer:
             return ids + self._suffix
         return self._prefix + ids + self._suffix
 
-    def encode_parts(self, parts: Iterable[tuple[str, bool]]) -> list[int]:
+    def encode_parts(self, parts: Parts) -> list[int]:
         """Return the token ids of the joined parts, without surroundings.
 
         Args:
@@ -168,12 +166,11 @@ class Tokenizer:
           InvalidRequestError: the text has a lone surrogate, or it spells a special
             token that the vocabulary cannot write as plain text.
         """
-        return self._guarded().encode(parts)
+        return self._guard.encode(parts)
 
     def find_special(self, text: str) -> str | None:
         """Return the first special token that `text` spells, None where it has none."""
-        found = self._guarded().pattern.search(text)
-        return None if found is None else found[0]
+        return self._guard.find(text)
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
         """Return the text of `ids`; bytes that are no UTF-8 become U+FFFD.
@@ -239,12 +236,6 @@ class Tokenizer:
 
     def _skipping_piece(self, token_id: int) -> bytes:
         return b"" if token_id in self._special_ids else self.piece(token_id)
-
-    def _guarded(self) -> SpecialGuard:
-        with self._lock:
-            if self._guard is None:
-                self._guard = SpecialGuard(self._backend)
-            return self._guard
 
 
 class TokenStream:
