@@ -122,8 +122,9 @@ class ChatTemplate:
         """Return `render`'s prompt in pieces: (text, whether the template wrote it).
 
         Contents are found by rendering once more with marks in their place. They may
-        be stripped on the way (Llama 3's template does so); where a template changes
-        them otherwise, or writes other text for other contents, the result is None.
+        be stripped on the way, of blanks as Llama 3's template does or of newlines as
+        Qwen3's; where a template changes them otherwise, or writes other text for other
+        contents, the result is None.
 
         Raises:
           InvalidRequestError: malformed messages, or the template refuses them.
@@ -145,7 +146,7 @@ class ChatTemplate:
         position = len(first)
         for index, literal in zip(rest[::2], rest[1::2], strict=True):
             content = messages[int(index)]["content"]
-            for form in (content, content.strip(), content.rstrip(), content.lstrip()):
+            for form in _stripped_forms(content):
                 if text.startswith(form + literal, position):
                     break
             else:
@@ -153,6 +154,18 @@ class ChatTemplate:
             parts += [(form, False), (literal, True)]
             position += len(form) + len(literal)
         return parts if "".join(part for part, _ in parts) == text else None
+
+
+def _stripped_forms(content: str) -> list[str]:
+    """Return `content` and what is left of it when its ends are stripped."""
+    forms = [content]
+    for blanks in (None, "\n"):
+        forms += [
+            content.strip(blanks),
+            content.rstrip(blanks),
+            content.lstrip(blanks),
+        ]
+    return forms
 
 
 def token_text(value: Any) -> str | None:
