@@ -13,12 +13,16 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from jchameleon.errors import ConfigError, UnknownModelError
+from jchameleon.families import check_family
 from jchameleon.resources import configs_dir
 
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
 """LoRA targets by short name, in the order in which a layer applies them."""
 
 ATTENTION_PROJECTIONS = ("q", "k", "v", "o")
+
+MOST_LAYERS = 10_000
+"""No model has so many; a file that claims more is damaged or hostile."""
 
 PREFILL_TILE_TOKENS = 32
 """Prompt chunks of a packed prefill start at multiples of this (one request a tile)."""
@@ -57,9 +61,10 @@ class RopeScaling:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
-    """Shape of a Llama-family decoder.
+    """Shape of a Llama decoder or of one of its variants.
 
     Attributes:
+      family: one of `families.FAMILIES`: how Hugging Face calls the computation.
       vocab_size: rows of the embedding table.
       hidden_size: model width D.
       intermediate_size: MLP width F.
@@ -70,6 +75,11 @@ class ModelConfig:
       rope_theta: base of the rotary frequencies.
       max_position_embeddings: context length in tokens.
       tie_embeddings: the output head is the embedding table.
+      qkv_bias, o_bias: these projections add a bias.
+      qk_norm: queries and keys are normed per head, before RoPE.
+      sliding_window: tokens that a token of `sliding_layers` attends to, itself
+        included; None where no layer slides.
+      sliding_layers: indices of the layers that slide, ascending.
       bos_token_id: prepended by the tokenizer where the checkpoint says so, or None.
       eos_token_ids: any of them ends a reply.
     """
@@ -89,6 +99,12 @@ class ModelConfig:
     tie_embeddings: bool = False
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
+    family: str = "llama"
+    qkv_bias: bool = False
+    o_bias: bool = False
+    qk_norm: bool = False
+    sliding_window: int | None = None
+    sliding_layers: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         for field in (
@@ -104,6 +120,10 @@ class ModelConfig:
             value = getattr(self, field)
             if not isinstance(value, int) or value <= 0:
                 raise ConfigError(f"{field}={value!r} must be a positive integer")
+        if self.num_layers > MOST_LAYERS:
+            raise ConfigError(
+                f"num_layers={self.num_layers} must be at most {MOST_LAYERS}"
+            )
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(
                 f"num_heads={self.num_heads} must be a multiple of "
@@ -119,6 +139,17 @@ class ModelConfig:
                     f"special token id {token_id} is outside the vocabulary of "
                     f"{self.vocab_size}"
                 )
+        check_family(self)
+
+    @property
+    def max_exact_tokens(self) -> int:
+        """Longest text that the engine computes as the model does, in tokens.
+
+        Attention here is to all earlier tokens; within a window that is the same.
+        """
+        if self.sliding_window is None:
+            return self.max_position_embeddings
+        return min(self.max_position_embeddings, self.sliding_window)
 
     @property
     def q_dim(self) -> int:
@@ -129,6 +160,11 @@ class ModelConfig:
     def kv_dim(self) -> int:
         """Output features of the key projection, and of the value projection."""
         return self.num_kv_heads * self.head_dim
+
+    @property
+    def kv_elems(self) -> int:
+        """Elements of a token's key and value in one layer."""
+        return 2 * self.kv_dim
 
     def projection_shape(self, projection: str) -> tuple[int, int]:
         """Return (d_in, d_out) of one of `PROJECTIONS`."""
@@ -168,8 +204,9 @@ class ModelConfig:
         if isinstance(values.get("rope_scaling"), Mapping):
             check_keys(RopeScaling, values["rope_scaling"])
             values["rope_scaling"] = RopeScaling(**values["rope_scaling"])
-        if "eos_token_ids" in values:
-            values["eos_token_ids"] = tuple(values["eos_token_ids"])
+        for field in ("eos_token_ids", "sliding_layers"):
+            if field in values:
+                values[field] = tuple(values[field])
         return cls(**values)
 
 
@@ -182,7 +219,7 @@ class EngineConfig:
       backend: of the device operations: "cpu" (loops compiled by numba; float32 on a
         CPU), "xla" (any device) or "auto", the first that serves.
       max_model_len: longest prompt + output in tokens; None takes the model's
-        context, at most 4,096.
+        context or sliding window, at most 4,096.
       max_running: requests decoding at once (rows of the largest decode program).
       max_waiting: requests queued beyond those; one more is refused.
       max_batch_tokens: tokens of one iteration, prompt chunks and decode rows together.
@@ -387,4 +424,4 @@ def preset_names() -> list[str]:
 
 def default_max_model_len(model: ModelConfig) -> int:
     """Return the context an engine offers when none is configured, in tokens."""
-    return min(model.max_position_embeddings, 4096)
+    return min(model.max_exact_tokens, 4096)

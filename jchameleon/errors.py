@@ -18,6 +18,10 @@ class ModelLoadError(JChameleonError, ValueError):
     """Model weights, tokenizer or template cannot be loaded."""
 
 
+class ModelSaveError(JChameleonError, RuntimeError):
+    """A model cannot be written; what was there before is as it was."""
+
+
 class UnknownModelError(JChameleonError, LookupError):
     """No preset and no directory or file goes by this model name."""
 

@@ -17,7 +17,14 @@ from jchameleon.config import PROJECTIONS, EngineConfig
 from jchameleon.errors import InvalidRequestError, JChameleonError
 from jchameleon.lora.adapter import HostAdapter
 from jchameleon.lora.peft import load_peft_adapter
-from jchameleon.models.loader import load_model
+from jchameleon.models.chat import ChatTemplate
+from jchameleon.models.conversation import (
+    Conversation,
+    as_conversations,
+    conversation_tokens,
+)
+from jchameleon.models.export import save_model
+from jchameleon.models.loader import LoadedModel, load_model
 from jchameleon.outputs import AdapterInfo, EngineStats, RequestDelta, RequestOutput
 from jchameleon.requests import (
     Call,
@@ -33,6 +40,7 @@ from jchameleon.runtime.host_store import HostStore
 from jchameleon.runtime.outbox import Outbox
 from jchameleon.runtime.policy.presets import build_policies, load_policy
 from jchameleon.runtime.policy.residency import AdapterStats
+from jchameleon.runtime.programs import host_params
 from jchameleon.runtime.records import StepRecord
 from jchameleon.runtime.setup import build_executor, start_engine
 from jchameleon.runtime.transfer import emulated_link
@@ -56,7 +64,8 @@ class LLM:
         """Load the model and adapters, compile all programs, start the engine.
 
         Args:
-          model: preset name, Hugging Face directory or GGUF file.
+          model: preset name, GGUF file, or directory in Hugging Face's form or as
+            `save` writes it.
           adapters: name -> PEFT directory.
           options: fields of `EngineConfig`.
 
@@ -77,6 +86,7 @@ class LLM:
         self.model_config = loaded.config
         self.tokenizer = loaded.tokenizer
         self._chat_template = loaded.chat_template
+        self._source = loaded.source
         self._host = HostStore(
             functools.partial(
                 load_peft_adapter, model=loaded.config, max_rank=config.max_lora_rank
@@ -242,20 +252,72 @@ class LLM:
     def chat_prompt(self, messages: str | Sequence[Mapping[str, Any]]) -> str:
         """Return the prompt text of a conversation, ready for `generate`.
 
-        A string stands for one user message.
+        A string stands for one user message. Special tokens that a content spells are
+        special in this text; `chat_tokens` keeps them apart.
 
         Raises:
           InvalidRequestError: the model has no chat template.
         """
-        if self._chat_template is None:
-            raise InvalidRequestError(
-                f"model {self.model_config.name!r} has no chat template; "
-                "pass plain prompts"
-            )
         if isinstance(messages, str):
             messages = [{"role": "user", "content": messages}]
-        return self._chat_template.render(
-            [dict(message) for message in messages], add_generation_prompt=True
+        return self._template.render(messages, add_generation_prompt=True)
+
+    def chat(
+        self,
+        messages: Conversation | Sequence[Conversation],
+        adapters: str | None | Sequence[str | None] = None,
+        sampling: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> list[RequestOutput]:
+        """Answer conversations: `generate` for their `chat_tokens`.
+
+        Args:
+          messages: one conversation or a list of them. A conversation is a list of
+            {"role": "system", "user" or "assistant", "content": text}, or a string,
+            which is one message of a user.
+          adapters, sampling: as in `generate`, a conversation being a prompt.
+
+        Raises:
+          JChameleonError: as in `generate` and `chat_tokens`.
+        """
+        prompts = [self.chat_tokens(one) for one in as_conversations(messages)]
+        return self.generate(prompts, adapters, sampling)
+
+    def chat_tokens(self, messages: Conversation) -> list[int]:
+        """Return the prompt of a conversation as token ids, for `generate`.
+
+        Only the template's own special tokens are special: a content that spells one,
+        such as "<|im_end|>", is plain text.
+
+        Raises:
+          InvalidRequestError: the model has no chat template or tokenizer, messages are
+            malformed, or the template cannot tell them from its own text.
+        """
+        if self.tokenizer is None:
+            raise InvalidRequestError(
+                f"model {self.model_config.name!r} has no tokenizer; pass token ids"
+            )
+        return conversation_tokens(self._template, self.tokenizer, messages)
+
+    def save(self, path: str | Path, *, form: str = "orbax") -> None:
+        """Write the model, without adapters, to a new directory that `LLM` loads.
+
+        Args:
+          path: absent or empty; it appears when all is written.
+          form: "orbax", or "hf" for a Hugging Face directory.
+
+        Raises:
+          ModelSaveError: the path holds something, or cannot be written.
+        """
+        save_model(
+            LoadedModel(
+                config=self.model_config,
+                params=host_params(self._executor.params),
+                tokenizer=self.tokenizer,
+                chat_template=self._chat_template,
+                source=self._source,
+            ),
+            Path(path),
+            form=form,
         )
 
     @property
@@ -270,8 +332,17 @@ class LLM:
 
     @property
     def has_chat_template(self) -> bool:
-        """Whether `chat_prompt` works."""
+        """Whether `chat` works."""
         return self._chat_template is not None
+
+    @property
+    def _template(self) -> ChatTemplate:
+        if self._chat_template is None:
+            raise InvalidRequestError(
+                f"model {self.model_config.name!r} has no chat template; "
+                "pass plain prompts"
+            )
+        return self._chat_template
 
     @property
     def compile_seconds(self) -> dict[str, float]:

@@ -25,7 +25,18 @@ CONFIG: dict[str, Any] = {
 }
 
 
-def tiny_tensors(seed: int = 0, *, tied: bool = False) -> dict[str, np.ndarray]:
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "factor": 32.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+def tiny_tensors(
+    seed: int = 0, *, tied: bool = False, qkv_bias: bool = False, qk_norm: bool = False
+) -> dict[str, np.ndarray]:
     """Return random f32 tensors of `CONFIG` by Hugging Face name."""
     rng = np.random.default_rng(seed)
     shapes = {"model.embed_tokens.weight": (96, 32), "model.norm.weight": (32,)}
@@ -44,6 +55,12 @@ def tiny_tensors(seed: int = 0, *, tied: bool = False) -> dict[str, np.ndarray]:
             "mlp.down_proj": (32, 64),
         }.items():
             shapes[f"model.layers.{i}.{name}.weight"] = shape
+        if qkv_bias:
+            for head, size in {"q": 32, "k": 16, "v": 16}.items():
+                shapes[f"model.layers.{i}.self_attn.{head}_proj.bias"] = (size,)
+        if qk_norm:
+            for head in "qk":
+                shapes[f"model.layers.{i}.self_attn.{head}_norm.weight"] = (8,)
     return {n: rng.standard_normal(s).astype(np.float32) for n, s in shapes.items()}
 
 
@@ -88,6 +105,8 @@ GGUF_NAMES = {
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
     "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
@@ -119,7 +138,8 @@ def gguf_name(name: str) -> str:
     if name in whole:
         return whole[name]
     _, _, layer, rest = name.split(".", 3)
-    return f"blk.{layer}.{GGUF_NAMES[rest.removesuffix('.weight')]}.weight"
+    module, _, kind = rest.rpartition(".")
+    return f"blk.{layer}.{GGUF_NAMES[module]}.{kind}"
 
 
 def interleave(matrix: np.ndarray, num_heads: int) -> np.ndarray:
@@ -146,12 +166,17 @@ def write_gguf(
     Args:
       types: by HF name, how to quantise; F32 where absent.
       extra: further tensors under their GGUF names: an array, or (blocks, type).
+      architecture: only Llama files hold q and k rows interleaved.
       fields: metadata with "__" for "."; None drops a field.
     """
     tensors = tiny_tensors() if tensors is None else tensors
     writer = gguf.GGUFWriter(path, architecture)
     given = {key.replace("__", "."): value for key, value in fields.items()}
-    for key, value in {**GGUF_FIELDS, **given}.items():
+    fields = {
+        key.replace("llama.", f"{architecture}."): value
+        for key, value in GGUF_FIELDS.items()
+    }
+    for key, value in {**fields, **given}.items():
         if value is None:
             continue
         if isinstance(value, bool):
@@ -165,9 +190,9 @@ def write_gguf(
         else:
             writer.add_array(key, value)
     for name, tensor in tensors.items():
-        if "q_proj" in name:
+        if architecture == "llama" and "q_proj" in name:
             tensor = interleave(tensor, 4)
-        elif "k_proj" in name:
+        elif architecture == "llama" and "k_proj" in name:
             tensor = interleave(tensor, 2)
         kind = (types or {}).get(name, gguf.GGMLQuantizationType.F32)
         data = gguf.quants.quantize(tensor, kind)

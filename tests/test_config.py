@@ -227,3 +227,44 @@ def test_resources_lie_beside_the_code():
     folder = configs_dir() / "demo" / "adapters"
     names = ["capitals", "json", "tag"]
     assert demo_adapters() == {name: folder / name for name in names}
+
+
+SHAPE = {
+    "name": "m",
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_layers": 2,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 512,
+}
+WINDOW = {"family": "mistral", "sliding_window": 64, "sliding_layers": (0, 1)}
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"family": "gpt2"}, "family='gpt2'.*llama, mistral, qwen2, qwen3"),
+        ({"family": "qwen2"}, "qkv_bias=False.*qwen2"),
+        ({"family": "mistral", "qkv_bias": True}, "qkv_bias=True.*mistral"),
+        ({"qk_norm": True}, "qk_norm=True.*llama"),
+        ({"sliding_window": 64, "sliding_layers": (0, 1)}, "no layer of a llama"),
+        ({**WINDOW, "sliding_layers": (0,)}, "every layer of a mistral"),
+        ({**WINDOW, "sliding_layers": ()}, "sliding_layers"),
+        ({**WINDOW, "sliding_layers": (0, 2)}, "sliding_layers.*below 2"),
+        ({**WINDOW, "sliding_layers": (1, 0)}, "ascending"),
+        ({**WINDOW, "sliding_window": 0}, "sliding_window=0"),
+        ({**WINDOW, "sliding_window": None}, "sliding_window=None"),
+    ],
+)
+def test_model_that_no_family_computes_is_refused(fields, message):
+    with pytest.raises(ConfigError, match=message):
+        ModelConfig(**SHAPE, **fields)
+
+
+def test_context_of_a_sliding_model_is_its_window():
+    model = ModelConfig(**SHAPE, **WINDOW)
+    assert model.max_exact_tokens == default_max_model_len(model) == 64
+    assert ModelConfig.from_dict({**SHAPE, **WINDOW, "sliding_layers": [0, 1]}) == model

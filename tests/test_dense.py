@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from model_files import write_hf
+from model_files import CONFIG, write_hf
 
+from jchameleon.errors import InvalidRequestError
 from jchameleon.models.dense import (
     completion_loss,
     dense_logits,
@@ -181,3 +182,44 @@ def test_init_adapter_changes_nothing_yet_and_is_bounded(model):
             assert 0.8 * d_in**-0.5 < most <= d_in**-0.5
             assert not pair.b.any()
     assert not np.array_equal(adapter[0]["q"].a, adapter[1]["q"].a)
+
+
+VARIANTS = {
+    "Mistral": {"sliding_window": 17},
+    "Qwen2": {},
+    "Qwen3": {"head_dim": 12},
+    "Llama": {"attention_bias": True},
+}
+
+
+@pytest.mark.parametrize("family", VARIANTS)
+def test_dense_logits_of_a_variant_equal_transformers(tmp_path, family):
+    transformers = pytest.importorskip("transformers", reason="oracle: 3.11 only")
+    torch = pytest.importorskip("torch", reason="oracle: 3.11 only")
+    torch.manual_seed(1)
+    reference = getattr(transformers, f"{family}ForCausalLM")(
+        getattr(transformers, f"{family}Config")(
+            **{**CONFIG, "model_type": family.lower()}, **VARIANTS[family]
+        )
+    )
+    for name, value in reference.named_parameters():
+        value.data.normal_(mean=float("norm" in name), std=0.2)
+    reference.save_pretrained(tmp_path)
+    loaded = load_model(str(tmp_path), dtype="float32")
+    params = jax.tree.map(jnp.asarray, loaded.params)
+    tokens = random_tokens(loaded.config, (3, 17))
+    with torch.no_grad():
+        expected = reference(torch.from_numpy(np.asarray(tokens, np.int64))).logits
+    logits = dense_logits(params, tokens, config=loaded.config)
+    np.testing.assert_allclose(logits, expected.numpy(), rtol=1e-4, atol=1e-4)
+    assert np.std(expected.numpy()) > 0.1
+
+
+def test_dense_rows_beyond_the_sliding_window_are_refused(tmp_path):
+    path = write_hf(tmp_path, model_type="mistral", sliding_window=16)
+    loaded = load_model(str(path), dtype="float32")
+    params = jax.tree.map(jnp.asarray, loaded.params)
+    with pytest.raises(InvalidRequestError, match="rows of 17 tokens.*window of 16"):
+        dense_logits(
+            params, random_tokens(loaded.config, (1, 17)), config=loaded.config
+        )

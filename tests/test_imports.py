@@ -21,6 +21,7 @@ ROOT = Path(jchameleon.__file__).parent
 PARTS = (
     "config",
     "errors",
+    "families",
     "resources",
     "sampling",
     "lora",
@@ -45,12 +46,13 @@ FRONT_DOORS = {"llm", "cli", "__init__", "__main__"}
 MAY_IMPORT = {
     "errors": set(),
     "resources": set(),
-    "config": set(),
+    "families": {"config"},  # for annotations
+    "config": {"families"},
     "sampling": set(),
     "lora": {"config"},
     # Kernels read where an adapter's elements lie; nothing else of lora.
     "pallas": {"config", "lora.layout"},
-    "models": {"config", "pallas", "lora"},
+    "models": {"config", "families", "pallas", "lora"},
     "runtime.policy": {"config"},
     "runtime": {"config", "sampling", "models", "lora", "pallas", "runtime.policy"},
     "sim": {"config", "runtime.policy"},
@@ -69,6 +71,7 @@ WITHOUT_JAX = (
     "__init__",
     "config",
     "errors",
+    "families",
     "resources",
     "sampling",
     "outputs",
@@ -78,7 +81,10 @@ WITHOUT_JAX = (
     "models.chat",
     "models.embedded",
     "models.hf",
+    "models.hf_config",
     "models.gguf",
+    "models.describe",
+    "models.export",
     "models.loader",
     "runtime.output",
     "runtime.policy",

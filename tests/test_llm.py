@@ -426,3 +426,10 @@ def test_bfloat16_runs(adapter_dir):
         assert base.token_ids != first.token_ids
         alone = llm.generate("abc", adapters="first", sampling=GREEDY)[0]
         assert np.mean(np.array(alone.token_ids) == np.array(first.token_ids)) > 0.5
+
+
+def test_chat_without_a_template_is_refused(llm):
+    assert not llm.has_chat_template
+    for talk in (llm.chat, llm.chat_tokens, llm.chat_prompt):
+        with pytest.raises(InvalidRequestError, match="'tiny' has no chat template"):
+            talk("Hi")

@@ -383,3 +383,64 @@ def test_params_smollm2_equal_the_import_of_transformers():
     assert set(views) <= set(state)
     for name, view in views.items():
         np.testing.assert_array_equal(view, state[name].numpy(), err_msg=name)
+
+
+VARIANTS = {"qwen2": {"qkv_bias": True}, "qwen3": {"qk_norm": True}}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("architecture", VARIANTS)
+def test_variant_file_is_what_transformers_makes_of_it(tmp_path, architecture, tied):
+    tensors = tiny_tensors(tied=tied, **VARIANTS[architecture])
+    path = write_gguf(
+        tmp_path / "x.gguf",
+        tensors=tensors,
+        architecture=architecture,
+        **{
+            f"{architecture}__attention__key_length": 8,
+            f"{architecture}__attention__value_length": 8,
+            f"{architecture}__vocab_size": 96,
+        },
+    )
+    config = gguf_config(read_gguf(path))
+    assert config.family == architecture
+    assert config.qkv_bias == (architecture == "qwen2")
+    assert config.qk_norm == (architecture == "qwen3")
+    assert config.tie_embeddings == tied
+    views = load_views(path)
+    assert set(views) == set(tensors)
+    for name, tensor in tensors.items():
+        np.testing.assert_array_equal(views[name], tensor)
+    if architecture == "qwen3":  # transformers takes 128 for the width of its heads
+        return
+    transformers = pytest.importorskip("transformers", reason="needs transformers")
+    torch = pytest.importorskip("torch", reason="needs torch")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, gguf_file=path.name, dtype=torch.float32
+    )
+    assert theirs.config.model_type == architecture
+    for name, tensor in theirs.state_dict().items():
+        if not (tied and name == "lm_head.weight"):
+            np.testing.assert_array_equal(views[name], tensor.numpy())
+
+
+@pytest.mark.parametrize(
+    ("architecture", "tensors", "words"),
+    [
+        ("llama", {"qkv_bias": True}, ["attn_q.bias", "unexpected"]),
+        ("qwen2", {}, ["q_proj.bias", "missing"]),
+        ("qwen2", {"qkv_bias": True, "qk_norm": True}, ["attn_q_norm", "unexpected"]),
+        ("qwen3", {"qk_norm": True, "qkv_bias": True}, ["attn_q.bias", "unexpected"]),
+        ("qwen3moe", {}, ["general.architecture", "llama, qwen2, qwen3"]),
+    ],
+)
+def test_variant_other_tensors_than_needed_are_refused(
+    tmp_path, architecture, tensors, words
+):
+    path = write_gguf(
+        tmp_path / "x.gguf", tensors=tiny_tensors(**tensors), architecture=architecture
+    )
+    with pytest.raises(ModelLoadError) as raised:
+        load_views(path)
+    for word in words:
+        assert word in str(raised.value)

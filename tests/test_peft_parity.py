@@ -1,44 +1,19 @@
 """Logits and greedy tokens of random models and adapters against transformers and PEFT.
 
-Three small Llama models, six adapters each. All adapters and two base rows run in one
-batch; the reference runs each row by itself, its adapter loaded by PEFT from the same
-directory.
+Three small Llama models, six adapters each.
 """
 
-import dataclasses
-
-import numpy as np
 import pytest
-from engine_harness import (
-    TIE_GAP,
-    ForcedRow,
-    GreedyComparison,
-    forced_logits,
-    import_oracle,
-    poison_pool,
-    quiet,
-    random_peft_model,
+from engine_harness import import_oracle
+from parity_harness import (
+    ATTENTION,
+    MLP,
+    ModelCase,
+    check_effects,
+    check_greedy_tokens,
+    check_logits,
+    run_case,
 )
-
-from jchameleon.llm import LLM
-from jchameleon.sampling import SamplingParams
-
-TOLERANCE = 1e-4
-LEAST_EFFECT = 1000 * TOLERANCE
-PROMPT_TOKENS = (1, 5, 16, 31, 32, 33, 47, 70)
-NEW_TOKENS = 24
-
-ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
-MLP = ["gate_proj", "up_proj", "down_proj"]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ModelCase:
-    """A model and its adapters, as keywords of `LlamaConfig` and `LoraConfig`."""
-
-    config: dict
-    adapters: dict[str, dict]
-
 
 CASES = {
     "mha-tied": ModelCase(
@@ -205,155 +180,25 @@ def oracle():
         yield oracle
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Reference:
-    """A row as transformers and PEFT run it, alone.
-
-    Attributes:
-      adapter: None for the base model.
-      tokens: the greedy tokens, n of them.
-      logits: f32[n, V], what each of them was chosen from.
-      base_logits: f32[n, V], the base model's at the same places.
-    """
-
-    adapter: str | None
-    prompt: list[int]
-    tokens: list[int]
-    logits: np.ndarray
-    base_logits: np.ndarray
-
-
 @pytest.fixture(scope="module", params=CASES)
 def parity(request, oracle, tmp_path_factory):
     """Return (LLM with all adapters, references of all rows) of one model."""
-    case = CASES[request.param]
     root = tmp_path_factory.mktemp("parity")
-    with quiet():
-        save_random_model(oracle, root / "model", case.config)
-        for index, (name, config) in enumerate(case.adapters.items()):
-            base = load_base(oracle, root)
-            random_peft_model(
-                oracle, base, root / name, seed=index, strength=0.5, **config
-            )
-        references = run_reference(oracle, root, case)
-    with LLM(
-        root / "model",
-        adapters={name: root / name for name in case.adapters},
-        max_running=8,
-        max_batch_tokens=64,
-        max_model_len=128,
-        max_lora_rank=64,
-        pool_bytes=32 << 20,
-    ) as llm:
-        poison_pool(llm)
-        yield llm, references
-
-
-def load_base(oracle, root):
-    model = oracle.transformers.LlamaForCausalLM.from_pretrained(
-        root / "model", dtype=oracle.torch.float32
-    )
-    return model.eval()
-
-
-def save_random_model(oracle, folder, config):
-    """Write a model whose logits, activations and norms are all far from trivial."""
-    oracle.torch.manual_seed(len(CASES) + config["vocab_size"])
-    model = oracle.transformers.LlamaForCausalLM(
-        oracle.transformers.LlamaConfig(
-            **config,
-            max_position_embeddings=512,
-            bos_token_id=None,
-            eos_token_id=None,
-            initializer_range=1.2 * config["hidden_size"] ** -0.5,
-        )
-    )
-    for name, value in model.named_parameters():
-        if "norm" in name:
-            value.data.uniform_(0.5, 1.5)
-    model.save_pretrained(folder)
-
-
-def run_reference(oracle, root, case):
-    """Return the greedy run of every row."""
-    rng = np.random.default_rng(7)
-    base = load_base(oracle, root)
-    vocab_size = case.config["vocab_size"]
-    names = [*case.adapters]
-    names = [None, *names[:4], None, *names[4:]]
-    references = []
-    for name, num_tokens in zip(names, PROMPT_TOKENS, strict=True):
-        prompt = rng.integers(0, vocab_size, num_tokens).tolist()
-        model = base
-        if name is not None:
-            model = oracle.peft.PeftModel.from_pretrained(
-                load_base(oracle, root), root / name
-            ).eval()
-        with oracle.torch.inference_mode():
-            ids = oracle.torch.tensor([prompt])
-            out = model.generate(
-                input_ids=ids,
-                attention_mask=oracle.torch.ones_like(ids),
-                max_new_tokens=NEW_TOKENS,
-                do_sample=False,
-                return_dict_in_generate=True,
-                output_logits=True,
-            )
-            forced = base(out.sequences[:, :-1]).logits[0, num_tokens - 1 :]
-        references.append(
-            Reference(
-                adapter=name,
-                prompt=prompt,
-                tokens=out.sequences[0, num_tokens:].tolist(),
-                logits=oracle.torch.cat(out.logits).numpy(),
-                base_logits=forced.numpy(),
-            )
-        )
-    return references
+    with run_case(oracle, root, CASES[request.param]) as case:
+        yield case
 
 
 def test_reference_adapters_change_the_logits_at_every_position(parity):
     _, references = parity
-    for reference in references:
-        effect = np.abs(reference.logits - reference.base_logits).max(axis=1)
-        assert effect.shape == (NEW_TOKENS,)
-        if reference.adapter is None:
-            assert effect.max() < TOLERANCE  # cache or no cache
-        else:
-            assert effect.min() >= LEAST_EFFECT, reference.adapter
-        assert 1 < np.abs(reference.logits).max() < 20
+    check_effects(references)
 
 
 @pytest.mark.parametrize("chunk_tokens", [32, 64])
 def test_logits_of_all_rows_in_one_batch_are_those_of_peft(parity, chunk_tokens):
     llm, references = parity
-    rows = [
-        ForcedRow(prompt=r.prompt, forced=r.tokens[:-1], adapter=r.adapter)
-        for r in references
-    ]
-    found = forced_logits(llm, rows, chunk_tokens=chunk_tokens, seed=chunk_tokens)
-    for reference, logits in zip(references, found, strict=True):
-        assert logits.shape == reference.logits.shape
-        error = np.abs(logits - reference.logits).max(axis=1)
-        print(f"{reference.adapter}: largest difference {error.max():.2g}")
-        assert np.all(error <= TOLERANCE), (reference.adapter, error)
+    check_logits(llm, references, chunk_tokens=chunk_tokens)
 
 
 def test_greedy_tokens_of_all_rows_in_one_batch_are_those_of_peft(parity):
     llm, references = parity
-    outputs = llm.generate(
-        [r.prompt for r in references],
-        adapters=[r.adapter for r in references],
-        sampling=SamplingParams(
-            max_tokens=NEW_TOKENS, temperature=0.0, ignore_eos=True
-        ),
-    )
-    assert max(len(record.decode) for record in llm.step_records) == len(references)
-    comparison = GreedyComparison()
-    for reference, output in zip(references, outputs, strict=True):
-        assert output.finish_reason == "length"
-        comparison.add(
-            f"{reference.adapter}", output.token_ids, reference.logits, gap=TIE_GAP
-        )
-    comparison.check()
-    assert len(comparison.chosen) >= 20, "a model that says little proves little"
+    check_greedy_tokens(llm, references)

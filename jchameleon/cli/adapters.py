@@ -5,9 +5,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from jchameleon.cli.options import add_model
-from jchameleon.config import EngineConfig, ModelConfig, preset_names
-from jchameleon.errors import UnknownModelError
+from jchameleon.cli.options import add_model, print_facts
+from jchameleon.config import EngineConfig
 
 
 def add_command(commands: Any) -> None:
@@ -29,8 +28,9 @@ def run_inspect(args: argparse.Namespace) -> None:
     """Check an adapter against a model's shape and say what is in it."""
     from jchameleon.lora.inspect import describe_adapter
     from jchameleon.lora.peft import load_peft_adapter
+    from jchameleon.models.loader import load_model_config
 
-    model = _model_config(args.model)
+    model = load_model_config(args.model)
     max_rank = EngineConfig().max_lora_rank
     adapter = load_peft_adapter(args.dir, model, max_rank=max_rank)
     facts = {"model": model.name, **describe_adapter(adapter)}
@@ -38,38 +38,7 @@ def run_inspect(args: argparse.Namespace) -> None:
         print(json.dumps(facts, ensure_ascii=False))
         return
     facts["layers"] = _ranges(facts["layers"])
-    width = max(map(len, facts))
-    for key, value in facts.items():
-        print(f"{key:<{width}}  {_plain(value)}")
-
-
-def _model_config(name_or_path: str) -> ModelConfig:
-    """Return the shape of a model without reading its weights."""
-    if name_or_path in preset_names():
-        return ModelConfig.preset(name_or_path)
-    path = Path(name_or_path).expanduser()
-    if path.is_dir():
-        from jchameleon.models.hf import load_hf_config
-
-        return load_hf_config(path)
-    if path.suffix == ".gguf" and path.is_file():
-        from jchameleon.models.gguf import gguf_config
-        from jchameleon.models.gguf_file import read_gguf
-
-        return gguf_config(read_gguf(path))
-    raise UnknownModelError(
-        f"model {name_or_path!r} is no directory, no .gguf file and no preset; presets "
-        "are " + ", ".join(preset_names())
-    )
-
-
-def _plain(value: Any) -> str:
-    """Return a fact of an adapter as people write it."""
-    if isinstance(value, dict):
-        return "; ".join(f"{key} {_plain(item)}" for key, item in value.items())
-    if isinstance(value, list):
-        return ", ".join(map(_plain, value))
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    print_facts(facts)
 
 
 def _ranges(numbers: list[int]) -> list[str]:

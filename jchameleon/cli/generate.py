@@ -5,10 +5,11 @@ import dataclasses
 import json
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jchameleon.cli.options import add_model
+from jchameleon.cli.options import add_model, comma_names
 from jchameleon.cli.sampling import add_sampling, sampling_params
 from jchameleon.config import EngineConfig
 from jchameleon.errors import (
@@ -171,7 +172,7 @@ def _add_engine(engine: Any) -> None:
         engine.add_argument(flag, type=int, metavar="N", help=text)
     engine.add_argument(
         "--lora-targets",
-        type=_names,
+        type=comma_names,
         metavar="P,P,...",
         help="projections that adapters may touch, among q,k,v,o,gate,up,down",
     )
@@ -252,8 +253,10 @@ def _uses(
     return [None if name == BASE else name for name in names]
 
 
-def _templated(llm: "LLM", prompts: list[str], *, chat: bool | None) -> list[str]:
-    """Return the texts for the model: prompts as user turns, or as they are.
+def _templated(
+    llm: "LLM", prompts: list[str], *, chat: bool | None
+) -> Sequence[str | list[int]]:
+    """Return what the model reads: prompts as user turns, or as they are.
 
     chat: None follows the model: a template is used where there is one.
     """
@@ -261,11 +264,11 @@ def _templated(llm: "LLM", prompts: list[str], *, chat: bool | None) -> list[str
         chat = llm.has_chat_template
     if not chat:
         return prompts
-    return [llm.chat_prompt([{"role": "user", "content": text}]) for text in prompts]
+    return [llm.chat_tokens(text) for text in prompts]
 
 
 def _stream_one(
-    llm: "LLM", prompt: str, use: str | None, sampling: SamplingParams
+    llm: "LLM", prompt: str | list[int], use: str | None, sampling: SamplingParams
 ) -> None:
     """Print one reply as it is made."""
     last = ""
@@ -340,7 +343,3 @@ def _byte_count(text: str) -> int:
         )
     power = ("", "KiB", "MiB", "GiB", "TiB").index(match[2])
     return int(match[1]) * 1024**power
-
-
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(name.strip() for name in text.split(","))

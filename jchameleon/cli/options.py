@@ -1,6 +1,8 @@
-"""Options that several commands share."""
+"""Options that several commands share, and facts printed one a line."""
 
 import argparse
+from collections.abc import Mapping
+from typing import Any
 
 DEFAULT_MODEL = "smollm2-135m"
 
@@ -11,5 +13,28 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         "--model",
         default=DEFAULT_MODEL,
         metavar="M",
-        help="preset, Hugging Face directory or .gguf file (default: %(default)s)",
+        help="preset, model directory or .gguf file (default: %(default)s)",
     )
+
+
+def comma_names(text: str) -> tuple[str, ...]:
+    """Return the names of a list that is written with commas."""
+    return tuple(name.strip() for name in text.split(","))
+
+
+def print_facts(facts: Mapping[str, Any]) -> None:
+    """Print one fact a line, values in one column."""
+    width = max(map(len, facts))
+    for key, value in facts.items():
+        print(f"{key:<{width}}  {_plain(value)}")
+
+
+def _plain(value: Any) -> str:
+    """Return a fact as people write it."""
+    if isinstance(value, dict):
+        return "; ".join(f"{key} {_plain(item)}" for key, item in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(_plain, value))
+    if value is None or isinstance(value, bool):
+        return {None: "-", True: "yes", False: "no"}[value]
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,7 +1,7 @@
-"""Which modules of a Llama model a PEFT config selects, exactly as PEFT selects them.
+"""Which modules of a model a PEFT config selects, exactly as PEFT selects them.
 
-Names are those of the modules of a causal Llama model in Hugging Face's tree, such as
-"model.layers.3.self_attn.q_proj".
+Names are those of the modules of a causal Llama, Mistral or Qwen model in Hugging
+Face's tree, such as "model.layers.3.self_attn.q_proj".
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ PROJECTION_PATHS = {
 """Where each projection sits within a decoder layer."""
 
 DEFAULT_TARGETS = ("q_proj", "v_proj")
-"""What PEFT targets in a Llama model when a config names nothing."""
+"""What PEFT targets in a model of any of these families when a config names nothing."""
 
 _OTHER_LAYER_PATHS = (
     "self_attn",
@@ -34,6 +34,7 @@ _OTHER_LAYER_PATHS = (
     "input_layernorm",
     "post_attention_layernorm",
 )
+_NORM_PATHS = ("self_attn.q_norm", "self_attn.k_norm")
 _OTHER_PATHS = (
     "model",
     "model.embed_tokens",
@@ -80,7 +81,8 @@ def linear_modules(model: ModelConfig) -> dict[str, ModuleKey]:
 def module_names(model: ModelConfig) -> list[str]:
     """Return the names of all modules, linear or not."""
     layers = [f"model.layers.{layer}" for layer in range(model.num_layers)]
-    others = [f"{name}.{path}" for name in layers for path in _OTHER_LAYER_PATHS]
+    paths = _OTHER_LAYER_PATHS + (_NORM_PATHS if model.qk_norm else ())
+    others = [f"{name}.{path}" for name in layers for path in paths]
     return [*linear_modules(model), *layers, *others, *_OTHER_PATHS]
 
 

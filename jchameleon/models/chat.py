@@ -2,6 +2,8 @@
 
 import datetime
 import json
+import re
+import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -113,6 +115,57 @@ class ChatTemplate:
             raise InvalidRequestError(
                 f"chat template refuses the messages: {one_line(error)}"
             ) from error
+
+    def render_parts(
+        self, messages: Sequence[Mapping[str, Any]]
+    ) -> list[tuple[str, bool]] | None:
+        """Return `render`'s prompt in pieces: (text, whether the template wrote it).
+
+        Contents are found by rendering once more with marks in their place. They may
+        be stripped on the way, of blanks as Llama 3's template does or of newlines as
+        Qwen3's; where a template changes them otherwise, or writes other text for other
+        contents, the result is None.
+
+        Raises:
+          InvalidRequestError: malformed messages, or the template refuses them.
+        """
+        text = self.render(messages)
+        # Nobody can write a mark into a content without knowing this number.
+        mark = f"\ue000{secrets.token_hex(8)}:%d\ue001"
+        marked = [
+            {**message, "content": mark % i} if message["content"] else message
+            for i, message in enumerate(messages)
+        ]
+        try:
+            skeleton = self.render(marked)
+        except InvalidRequestError:  # it looks into contents
+            return None
+        pattern = re.escape(mark).replace("%d", "([0-9]+)")
+        first, *rest = re.split(pattern, skeleton)
+        parts = [(first, True)]
+        position = len(first)
+        for index, literal in zip(rest[::2], rest[1::2], strict=True):
+            content = messages[int(index)]["content"]
+            for form in _stripped_forms(content):
+                if text.startswith(form + literal, position):
+                    break
+            else:
+                return None
+            parts += [(form, False), (literal, True)]
+            position += len(form) + len(literal)
+        return parts if "".join(part for part, _ in parts) == text else None
+
+
+def _stripped_forms(content: str) -> list[str]:
+    """Return `content` and what is left of it when its ends are stripped."""
+    forms = [content]
+    for blanks in (None, "\n"):
+        forms += [
+            content.strip(blanks),
+            content.rstrip(blanks),
+            content.lstrip(blanks),
+        ]
+    return forms
 
 
 def token_text(value: Any) -> str | None:

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from jchameleon.config import PROJECTIONS, ModelConfig
+from jchameleon.errors import InvalidRequestError
 from jchameleon.lora.adapter import HostAdapter
 from jchameleon.lora.layout import GROUPS
 from jchameleon.models.llama import (
@@ -115,8 +116,16 @@ def hidden_states(
       segments: texts that share a row carry different numbers; one text where absent.
       remat: keep only each layer's input for the backward pass and compute the layer
         again, a third more work for a fraction of the memory.
+
+    Raises:
+      InvalidRequestError: rows are longer than the model's sliding window.
     """
     rows, length = tokens.shape
+    if config.sliding_window is not None and length > config.sliding_window:
+        raise InvalidRequestError(
+            f"rows of {length} tokens exceed the model's sliding window of "
+            f"{config.sliding_window}; attention beyond it is not supported"
+        )
     if positions is None:
         positions = jnp.broadcast_to(jnp.arange(length)[None], (rows, length))
     visible = jnp.tril(jnp.ones((length, length), bool))[None]

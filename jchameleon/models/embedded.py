@@ -77,6 +77,12 @@ def smollm2_gguf() -> Path:
     return path
 
 
+def cached_smollm2_gguf() -> Path | None:
+    """Return the path of the SmolLM2 GGUF, None where it has not been fetched yet."""
+    path = home_dir() / GGUF_NAME
+    return path if _is_intact(path) else None
+
+
 def _is_intact(path: Path) -> bool:
     """Tell whether `path` is the pinned GGUF, hashing it only when it looks changed."""
     marker = path.with_suffix(".sha256")

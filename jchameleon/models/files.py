@@ -1,10 +1,25 @@
-"""Small files of a model directory, and values shortened for one-line errors."""
+"""Names and small files of a model directory; values cut to one line for errors."""
 
 import json
 from pathlib import Path
 from typing import Any
 
 from jchameleon.errors import ModelLoadError
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+PARAMS_DIR = "params"
+"""Where a model directory keeps an Orbax checkpoint."""
+
+
+CHECKPOINT_MARKER = "_CHECKPOINT_METADATA"
+"""What Orbax writes into a checkpoint last, so that it marks a complete one."""
+
+
+def is_checkpoint(directory: Path) -> bool:
+    """Tell whether `directory` itself is an Orbax checkpoint, complete or not."""
+    return any((directory / name).exists() for name in (CHECKPOINT_MARKER, "_METADATA"))
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -1,7 +1,8 @@
-"""Llama checkpoints as GGUF files: metadata to config, tensors dequantised.
+"""Checkpoints as GGUF files: metadata to config, tensors dequantised.
 
-Only what the engine computes exactly is accepted: an unknown `llama.*` key, tensor or
-tensor type is refused by name.
+Architectures are llama (Mistral models too go by it), qwen2 and qwen3. Only what the
+engine computes exactly is accepted: an unknown key of the architecture's section, an
+unknown tensor or tensor type is refused by name.
 """
 
 import os
@@ -37,13 +38,20 @@ _LAYER_NAMES = {
     "attn_k.weight": "self_attn.k_proj.weight",
     "attn_v.weight": "self_attn.v_proj.weight",
     "attn_output.weight": "self_attn.o_proj.weight",
+    "attn_q.bias": "self_attn.q_proj.bias",
+    "attn_k.bias": "self_attn.k_proj.bias",
+    "attn_v.bias": "self_attn.v_proj.bias",
+    "attn_q_norm.weight": "self_attn.q_norm.weight",
+    "attn_k_norm.weight": "self_attn.k_norm.weight",
     "ffn_norm.weight": "post_attention_layernorm.weight",
     "ffn_gate.weight": "mlp.gate_proj.weight",
     "ffn_up.weight": "mlp.up_proj.weight",
     "ffn_down.weight": "mlp.down_proj.weight",
 }
 
-# Keys of the "llama." section that are read below or change nothing here.
+_ARCHITECTURES = ("llama", "qwen2", "qwen3")
+
+# Keys of the architecture's section that are read below or change nothing here.
 _KNOWN_KEYS = {
     "vocab_size",
     "block_count",
@@ -68,16 +76,20 @@ _ZERO_KEYS = {"expert_count", "expert_used_count"}
 
 
 def gguf_config(file: GgufFile) -> ModelConfig:
-    """Translate the metadata of a "llama" file.
+    """Translate the metadata of a file.
 
     Raises:
       ModelLoadError: another architecture, a required key absent, or a value that
         changes the maths in a way that is not supported.
     """
     meta = _Meta(file)
-    architecture = file.metadata.get("general.architecture")
-    if architecture != "llama":
-        raise meta.error("general.architecture", architecture, "must be 'llama'")
+    architecture = meta.architecture
+    if architecture not in _ARCHITECTURES:
+        raise meta.error(
+            "general.architecture",
+            architecture,
+            f"must be one of {', '.join(_ARCHITECTURES)}",
+        )
     meta.check_known()
     embed = file.tensors.get("token_embd.weight")
     if embed is None or len(embed.shape) != 2:
@@ -85,12 +97,14 @@ def gguf_config(file: GgufFile) -> ModelConfig:
     hidden_size = meta.integer("embedding_length")
     num_heads = meta.integer("attention.head_count")
     if num_heads <= 0:
-        raise meta.error("llama.attention.head_count", num_heads, "must be positive")
+        raise meta.error(
+            f"{architecture}.attention.head_count", num_heads, "must be positive"
+        )
     head_dim = meta.integer("attention.key_length", hidden_size // num_heads)
     for key in ("attention.value_length", "rope.dimension_count"):
         if meta.integer(key, head_dim) != head_dim:
             raise meta.error(
-                f"llama.{key}",
+                f"{architecture}.{key}",
                 meta.integer(key),
                 f"must equal the head width {head_dim}",
             )
@@ -112,6 +126,9 @@ def gguf_config(file: GgufFile) -> ModelConfig:
             tie_embeddings="output.weight" not in file.tensors,
             bos_token_id=gguf_token_id(file, "bos_token_id"),
             eos_token_ids=gguf_eos_token_ids(file),
+            family=architecture,
+            qkv_bias=architecture == "qwen2",
+            qk_norm=architecture == "qwen3",
         )
     except ConfigError as error:
         raise ModelLoadError(f"{file.path}: {error}") from error
@@ -135,8 +152,8 @@ def gguf_eos_token_ids(file: GgufFile) -> tuple[int, ...]:
 def load_gguf_params(file: GgufFile, config: ModelConfig, *, dtype: str) -> Params:
     """Dequantise every tensor into the parameter tree, in threads.
 
-    Query and key rows are put back from the interleaved order in which GGUF stores
-    them (see `unpermuted_rows`).
+    Query and key rows of a Llama file are put back from the interleaved order in which
+    GGUF stores them (see `unpermuted_rows`); Qwen files keep Hugging Face's order.
 
     Raises:
       ModelLoadError: a tensor is missing, unexpected, of another shape, or of a type
@@ -149,8 +166,8 @@ def load_gguf_params(file: GgufFile, config: ModelConfig, *, dtype: str) -> Para
             if tensor.name == "rope_freqs.weight":  # became config.rope_scaling
                 continue
             raise ModelLoadError(
-                f"{file.path}: unexpected tensor {tensor.name!r}; a Llama model of "
-                "this metadata has no use for it"
+                f"{file.path}: unexpected tensor {tensor.name!r}; a {config.family} "
+                "model of this metadata has no use for it"
             )
         sources[name] = tensor
     needed = set()
@@ -170,10 +187,10 @@ def load_gguf_params(file: GgufFile, config: ModelConfig, *, dtype: str) -> Para
     _check_types(file)
 
     params = allocate(config, numpy_dtype(dtype))
-    rows = {
-        "q_proj.weight": unpermuted_rows(config.num_heads, config.head_dim),
-        "k_proj.weight": unpermuted_rows(config.num_kv_heads, config.head_dim),
-    }
+    rows: dict[str, np.ndarray] = {}
+    if config.family == "llama":
+        rows["q_proj.weight"] = unpermuted_rows(config.num_heads, config.head_dim)
+        rows["k_proj.weight"] = unpermuted_rows(config.num_kv_heads, config.head_dim)
     # Numpy releases the interpreter lock inside its loops, so threads do help.
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
         jobs = [
@@ -185,6 +202,12 @@ def load_gguf_params(file: GgufFile, config: ModelConfig, *, dtype: str) -> Para
         for job in jobs:
             job.result()
     return params
+
+
+def gguf_dtype(file: GgufFile) -> str:
+    """Return the parameter dtype that holds every dequantised value exactly."""
+    kinds = {tensor.type for tensor in file.tensors.values()}
+    return "bfloat16" if kinds == {GGMLQuantizationType.BF16} else "float32"
 
 
 def unpermuted_rows(num_heads: int, head_dim: int) -> np.ndarray:
@@ -243,10 +266,11 @@ def _checkpoint_name(name: str) -> str | None:
 
 
 class _Meta:
-    """Typed access to the "llama." section of the metadata."""
+    """Typed access to the architecture's section of the metadata."""
 
     def __init__(self, file: GgufFile) -> None:
         self.file = file
+        self.architecture = file.metadata.get("general.architecture")
 
     def error(self, key: str, value: Any, rule: str) -> ModelLoadError:
         return ModelLoadError(f"{self.file.path}: {key}={short(value)} {rule}")
@@ -255,27 +279,31 @@ class _Meta:
         """Raise for a key that may change the maths in a way unknown here."""
         for key, value in self.file.metadata.items():
             section, _, field = key.partition(".")
-            if section != "llama" or field in _KNOWN_KEYS:
+            if section != self.architecture or field in _KNOWN_KEYS:
                 continue
             if not (field in _ZERO_KEYS and value == 0):
                 raise self.error(key, value, "is not supported")
 
     def get(self, field: str, default: Any) -> Any:
-        value = self.file.metadata.get(f"llama.{field}", default)
+        value = self.file.metadata.get(f"{self.architecture}.{field}", default)
         if value is None:
-            raise ModelLoadError(f"{self.file.path}: llama.{field} is missing")
+            raise ModelLoadError(
+                f"{self.file.path}: {self.architecture}.{field} is missing"
+            )
         return value
 
     def integer(self, field: str, default: int | None = None) -> int:
         value = self.get(field, default)
         if type(value) is not int:
-            raise self.error(f"llama.{field}", value, "must be an integer")
+            raise self.error(
+                f"{self.architecture}.{field}", value, "must be an integer"
+            )
         return value
 
     def number(self, field: str, default: float | None = None) -> float:
         value = self.get(field, default)
         if isinstance(value, bool) or not isinstance(value, int | float):
-            raise self.error(f"llama.{field}", value, "must be a number")
+            raise self.error(f"{self.architecture}.{field}", value, "must be a number")
         return float(value)
 
 
@@ -285,10 +313,12 @@ def _rope_scaling(
     """Return the RoPE scaling that the metadata or the `rope_freqs` tensor asks for."""
     kind = meta.get("rope.scaling.type", "none")
     if kind not in ("none", "linear"):
-        raise meta.error("llama.rope.scaling.type", kind, "must be none or linear")
+        raise meta.error(
+            f"{meta.architecture}.rope.scaling.type", kind, "must be none or linear"
+        )
     # Files from before rope.scaling.* carry the factor as rope.scale_linear.
     factor = meta.number("rope.scaling.factor", meta.number("rope.scale_linear", 1.0))
-    if kind == "none" and "llama.rope.scaling.type" in file.metadata:
+    if kind == "none" and f"{meta.architecture}.rope.scaling.type" in file.metadata:
         factor = 1.0
     linear = RopeScaling(kind="linear", factor=factor) if factor != 1.0 else None
     tensor = file.tensors.get("rope_freqs.weight")
@@ -304,7 +334,9 @@ def _rope_scaling(
         return linear
     if linear is not None:
         raise meta.error(
-            "llama.rope.scaling.factor", factor, "beside rope_freqs.weight"
+            f"{meta.architecture}.rope.scaling.factor",
+            factor,
+            "beside rope_freqs.weight",
         )
     scaling = _fit_llama3(divisors, theta, head_dim)
     if scaling is None:

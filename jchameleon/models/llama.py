@@ -1,4 +1,8 @@
-"""The Llama family as Flax NNX modules over feature-major activations.
+"""Llama and its variants as Flax NNX modules over feature-major activations.
+
+Mistral is Llama with another context rule, which the engine's limits keep; Qwen2 adds
+biases to q, k and v; Qwen3 norms queries and keys per head. What a variant adds is in
+the program only where its configuration says so.
 
 A layer does not know where keys, values or adapters live: the caller passes `attend`
 and `adapt`. Serving passes paged attention and multi-LoRA over the pool
@@ -38,6 +42,8 @@ class LlamaLayer(nnx.Module):
       o: f[D, H HD].
       gate_up: f[2 F, D], rows gate | up.
       down: f[D, F].
+      qkv_bias: f[(H + 2 KVH) HD], o_bias: f[D]; None without such biases.
+      q_norm, k_norm: f[HD]; None without such norms.
     """
 
     def __init__(self, config: ModelConfig, params: Mapping[str, Any]):
@@ -48,6 +54,10 @@ class LlamaLayer(nnx.Module):
         self.mlp_norm = nnx.Param(params["mlp_norm"])
         self.gate_up = nnx.Param(params["gate_up"])
         self.down = nnx.Param(params["down"])
+        self.qkv_bias = nnx.Param(params["qkv_bias"]) if config.qkv_bias else None
+        self.o_bias = nnx.Param(params["o_bias"]) if config.o_bias else None
+        self.q_norm = nnx.Param(params["q_norm"]) if config.qk_norm else None
+        self.k_norm = nnx.Param(params["k_norm"]) if config.qk_norm else None
 
     def __call__(
         self,
@@ -62,15 +72,20 @@ class LlamaLayer(nnx.Module):
         num_tokens = x.shape[1]
         with jax.named_scope("attention"):
             h = rms_norm(x, self.attn_norm[...], config.rms_norm_eps)
-            qkv = adapt("qkv", h, self.qkv[...] @ h)  # [q_dim + 2 kv_dim, T]
+            y = add_bias(self.qkv[...] @ h, self.qkv_bias)
+            qkv = adapt("qkv", h, y)  # [q_dim + 2 kv_dim, T]
             q, k, v = jnp.split(
                 qkv, (config.q_dim, config.q_dim + config.kv_dim), axis=0
             )
-            q = apply_rope(q.reshape(config.num_heads, config.head_dim, -1), rope)
-            k = apply_rope(k.reshape(config.num_kv_heads, config.head_dim, -1), rope)
+            q = q.reshape(config.num_heads, config.head_dim, -1)
+            k = k.reshape(config.num_kv_heads, config.head_dim, -1)
+            if self.q_norm is not None and self.k_norm is not None:
+                q = head_norm(q, self.q_norm[...], config.rms_norm_eps)
+                k = head_norm(k, self.k_norm[...], config.rms_norm_eps)
+            q, k = apply_rope(q, rope), apply_rope(k, rope)
             v = v.reshape(config.num_kv_heads, config.head_dim, -1)
             out = attend(q, k, v).reshape(config.q_dim, num_tokens)
-            x = x + adapt("o", out, self.o[...] @ out)
+            x = x + adapt("o", out, add_bias(self.o[...] @ out, self.o_bias))
         with jax.named_scope("mlp"):
             h = rms_norm(x, self.mlp_norm[...], config.rms_norm_eps)
             gate_up = adapt("gate_up", h, self.gate_up[...] @ h)  # [2 F, T]
@@ -123,6 +138,20 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
     wide = x.astype(jnp.float32)
     scale = lax.rsqrt(jnp.mean(wide * wide, axis=0, keepdims=True) + eps)
     return weight[:, None] * (wide * scale).astype(x.dtype)
+
+
+def head_norm(
+    x: jax.Array,  # f[heads, HD, T]
+    weight: jax.Array,  # f[HD]
+    eps: float,
+) -> jax.Array:  # f[heads, HD, T]
+    """Norm every head by itself; all share one weight."""
+    return jax.vmap(lambda head: rms_norm(head, weight, eps))(x)
+
+
+def add_bias(y: jax.Array, bias: nnx.Param | None) -> jax.Array:
+    """Return y f[N, T] plus bias f[N] in every column, y itself without one."""
+    return y if bias is None else y + bias[...][:, None]
 
 
 def rope_frequencies(config: ModelConfig) -> jax.Array:

@@ -3,19 +3,19 @@
 import codecs
 import json
 import re
-import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
 from tokenizers import Tokenizer as Backend
-from tokenizers import decoders, pre_tokenizers
+from tokenizers import decoders, pre_tokenizers, processors
 from tokenizers.models import BPE
 
 from jchameleon.errors import InvalidRequestError, ModelLoadError
 from jchameleon.models.chat import token_text
 from jchameleon.models.files import one_line, read_json
 from jchameleon.models.gguf_vocabulary import gguf_vocabulary
+from jchameleon.models.special_guard import Parts, SpecialGuard, encode_text
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
@@ -47,8 +47,7 @@ class Tokenizer:
           ModelLoadError: the decoder is of a kind that cannot be decoded piecewise.
         """
         self._backend = backend
-        self._plain_backend: Backend | None = None
-        self._lock = threading.Lock()
+        self._guard = SpecialGuard(backend)
         self._piece_of, self._strip_spaces = _piece_decoder(backend)
         added = backend.get_added_tokens_decoder()
         self._special_ids = {i for i, token in added.items() if token.special}
@@ -146,21 +145,32 @@ class Tokenizer:
         Raises:
           InvalidRequestError: the text has a lone surrogate, so it is no Unicode text.
         """
-        backend = self._backend if parse_special else self._plain()
-        try:
-            ids = backend.encode(text, add_special_tokens=False).ids
-        except TypeError as error:  # what the library says to surrogates too
-            surrogate = re.search("[\ud800-\udfff]", text)
-            if surrogate is None:
-                raise
-            raise InvalidRequestError(
-                f"text has a lone surrogate at character {surrogate.start()}"
-            ) from error
+        if parse_special:
+            ids = encode_text(self._backend, text)
+        else:
+            ids = self.encode_parts([(text, False)])
         if not add_special:
             return ids
         if self._prefix and ids[: len(self._prefix)] == self._prefix:
             return ids + self._suffix
         return self._prefix + ids + self._suffix
+
+    def encode_parts(self, parts: Parts) -> list[int]:
+        """Return the token ids of the joined parts, without surroundings.
+
+        Args:
+          parts: (text, whether special tokens spelled in it are those tokens). Words
+            may go across parts: the ids are those of the text as a whole.
+
+        Raises:
+          InvalidRequestError: the text has a lone surrogate, or it spells a special
+            token that the vocabulary cannot write as plain text.
+        """
+        return self._guard.encode(parts)
+
+    def find_special(self, text: str) -> str | None:
+        """Return the first special token that `text` spells, None where it has none."""
+        return self._guard.find(text)
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
         """Return the text of `ids`; bytes that are no UTF-8 become U+FFFD.
@@ -189,6 +199,32 @@ class Tokenizer:
             self._pieces[token_id] = piece
         return piece
 
+    @property
+    def adds_bos(self) -> bool:
+        """Whether `encode` begins a text with `bos_token_id`."""
+        return self.bos_token_id is not None and self.bos_token_id in self._prefix
+
+    def token(self, token_id: int) -> str | None:
+        """Return the spelling of a token in the vocabulary, None outside it."""
+        return self._backend.id_to_token(token_id)
+
+    def to_json(self) -> str:
+        """Return a tokenizer.json that gives the same ids, surroundings included."""
+        backend = Backend.from_str(self._backend.to_str())
+        around = {
+            token_id: self.token(token_id) for token_id in self._prefix + self._suffix
+        }
+        prefix, suffix = (
+            [around[token_id] for token_id in ids]
+            for ids in (self._prefix, self._suffix)
+        )
+        backend.post_processor = processors.TemplateProcessing(
+            single=[*prefix, "$A", *suffix],
+            pair=[*prefix, "$A", *suffix, *prefix, "$B:1", *suffix],
+            special_tokens=[(text, token_id) for token_id, text in around.items()],
+        )
+        return backend.to_str()
+
     def validate_ids(self, ids: Sequence[int]) -> None:
         """Raise InvalidRequestError for an id outside the vocabulary."""
         for i, token_id in enumerate(ids):
@@ -200,17 +236,6 @@ class Tokenizer:
 
     def _skipping_piece(self, token_id: int) -> bytes:
         return b"" if token_id in self._special_ids else self.piece(token_id)
-
-    def _plain(self) -> Backend:
-        """Return a copy that reads special tokens as plain text, made at first use.
-
-        A copy, because the switch belongs to the backend, which threads share.
-        """
-        with self._lock:
-            if self._plain_backend is None:
-                self._plain_backend = Backend.from_str(self._backend.to_str())
-                self._plain_backend.encode_special_tokens = True
-            return self._plain_backend
 
 
 class TokenStream:

@@ -111,6 +111,11 @@ class Executor:
             ) from error
 
     @property
+    def params(self) -> ModelParams:
+        """The model's parameters, which nothing changes."""
+        return self._params
+
+    @property
     def pool_bytes(self) -> int:
         """Device bytes of the pool."""
         return sum(pool.nbytes for pool in self._pools)

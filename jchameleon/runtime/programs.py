@@ -12,11 +12,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from jchameleon.config import ModelConfig
 from jchameleon.lora.layout import ChunkLayout
 from jchameleon.models.llama import Llama
+from jchameleon.models.params import Params, param_shapes
 from jchameleon.pallas.multi_lora import LoraWork
 from jchameleon.pallas.operations import XLA, Operations
 
@@ -76,6 +78,19 @@ def merge_model(treedef: Any, leaves: Sequence[jax.Array]) -> Llama:
     """Rebuild the NNX module inside a traced function."""
     graphdef, state_treedef = treedef
     return nnx.merge(graphdef, jax.tree.unflatten(state_treedef, leaves))
+
+
+def host_params(params: ModelParams) -> Params:
+    """Return the parameter tree as numpy arrays; on a CPU they share memory."""
+    model = merge_model(params.treedef, params.leaves)
+    names = param_shapes(model.config)
+    layers = zip(model.layers, names.pop("layers"), strict=True)
+    tree: Params = {name: np.asarray(getattr(model, name)[...]) for name in names}
+    tree["layers"] = [
+        {name: np.asarray(getattr(layer, name)[...]) for name in layer_names}
+        for layer, layer_names in layers
+    ]
+    return tree
 
 
 def model_step(

@@ -145,12 +145,17 @@ def resolve_max_model_len(config: EngineConfig, model: ModelConfig) -> int:
             f"max_model_len={config.max_model_len} exceeds the model's context of "
             f"{model.max_position_embeddings}"
         )
+    if config.max_model_len > model.max_exact_tokens:
+        raise ConfigError(
+            f"max_model_len={config.max_model_len} exceeds the model's sliding window "
+            f"of {model.sliding_window} tokens; attention beyond it is not supported"
+        )
     return config.max_model_len
 
 
 def page_elems(config: EngineConfig, model: ModelConfig) -> int:
     """Return elements of a page in one layer: keys and values of one block."""
-    return 2 * model.kv_dim * config.kv_block_tokens
+    return model.kv_elems * config.kv_block_tokens
 
 
 def chunk_layout(
