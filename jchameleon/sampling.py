@@ -156,6 +156,11 @@ class SamplingParams:
             or self.frequency_penalty != 0.0
         )
 
+    @property
+    def edits_logits(self) -> bool:
+        """Whether logits are changed before temperature."""
+        return self.penalises or bool(self.logit_bias) or self.min_tokens > 0
+
     def validate_for(self, vocab_size: int) -> None:
         """Raise InvalidRequestError for a token id outside the vocabulary."""
         for field, ids in (
