@@ -4,9 +4,9 @@ import dataclasses
 import threading
 import time
 
-import jax
 import numpy as np
 import pytest
+from engine_harness import heard_compiles
 from random_adapters import write_random_adapter
 
 from jchameleon.config import ModelConfig
@@ -80,16 +80,7 @@ def test_neighbour_without_options_draws_bit_for_bit_what_it_draws_alone(llm, na
 
 
 def test_no_program_compiles_for_any_option(llm):
-    compiled = []
-
-    def listen(name, seconds, **_):
-        if "backend_compile" in name:
-            compiled.append((name, seconds))
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    jax.jit(lambda x: x * 5)(np.ones(3, np.float32))
-    assert compiled, "the listener hears compiles"
-    compiled.clear()
+    compiled = heard_compiles()
     everything = dataclasses.replace(
         DRAWN,
         logprobs=20,
