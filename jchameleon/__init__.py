@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from jchameleon import errors as errors
     from jchameleon.llm import LLM as LLM
+    from jchameleon.outputs import CompletionOutput as CompletionOutput
     from jchameleon.outputs import RequestDelta as RequestDelta
     from jchameleon.outputs import RequestOutput as RequestOutput
     from jchameleon.sampling import SamplingParams as SamplingParams
@@ -18,6 +19,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "LLM",
+    "CompletionOutput",
     "RequestDelta",
     "RequestOutput",
     "SamplingParams",
@@ -27,6 +29,7 @@ __all__ = [
 
 _HOMES = {
     "LLM": "jchameleon.llm",
+    "CompletionOutput": "jchameleon.outputs",
     "RequestDelta": "jchameleon.outputs",
     "RequestOutput": "jchameleon.outputs",
     "SamplingParams": "jchameleon.sampling",

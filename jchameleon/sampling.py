@@ -156,6 +156,11 @@ class SamplingParams:
             or self.frequency_penalty != 0.0
         )
 
+    @property
+    def edits_logits(self) -> bool:
+        """Whether logits are changed before temperature."""
+        return self.penalises or bool(self.logit_bias) or self.min_tokens > 0
+
     def validate_for(self, vocab_size: int) -> None:
         """Raise InvalidRequestError for a token id outside the vocabulary."""
         for field, ids in (
@@ -259,20 +264,19 @@ def _stop_token_ids(value: Any) -> tuple[int, ...]:
 
 def _logit_bias(value: Any) -> tuple[tuple[int, float], ...]:
     """Return biases as pairs (token id, bias), in the order of the ids."""
-    if isinstance(value, Mapping):
-        pairs = list(value.items())
-    elif isinstance(value, tuple) and all(
-        isinstance(pair, tuple) and len(pair) == 2 for pair in value
-    ):
-        pairs = list(value)
-    else:
+    if not isinstance(value, Mapping | tuple):
         raise InvalidRequestError(
             f"logit_bias={shown(value)} must map token ids to numbers"
         )
-    if not len(pairs) <= MAX_LOGIT_BIASES:
+    if not len(value) <= MAX_LOGIT_BIASES:
         raise InvalidRequestError(
-            f"logit_bias has {len(pairs)} tokens; at most {MAX_LOGIT_BIASES} are "
+            f"logit_bias has {len(value)} tokens; at most {MAX_LOGIT_BIASES} are "
             "allowed"
+        )
+    pairs = list(value.items()) if isinstance(value, Mapping) else value
+    if not all(isinstance(pair, tuple) and len(pair) == 2 for pair in pairs):
+        raise InvalidRequestError(
+            f"logit_bias={shown(value)} must be pairs of token id and number"
         )
     biases: dict[int, float] = {}
     for key, bias in pairs:

@@ -4,9 +4,9 @@ import dataclasses
 import threading
 import time
 
-import jax
 import numpy as np
 import pytest
+from engine_harness import heard_compiles
 from random_adapters import write_random_adapter
 
 from jchameleon.config import ModelConfig
@@ -175,16 +175,7 @@ def test_long_prompt_delays_a_decode_by_one_chunk_at_most(adapter_dirs):
 
 
 def test_no_program_compiles_after_warm_up(llm):
-    compiled = []
-
-    def listen(name, seconds, **_):
-        if "backend_compile" in name:
-            compiled.append((name, seconds))
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    jax.jit(lambda x: x * 3)(np.ones(3, np.float32))
-    assert compiled, "the listener hears compiles"
-    compiled.clear()
+    compiled = heard_compiles()
     run(llm, asks(40, seed=5, max_prompt=300))
     assert compiled == []
 

@@ -4,9 +4,9 @@ import dataclasses
 import threading
 import time
 
-import jax
 import numpy as np
 import pytest
+from engine_harness import heard_compiles
 from random_adapters import write_random_adapter
 
 from jchameleon.config import ModelConfig
@@ -80,16 +80,7 @@ def test_neighbour_without_options_draws_bit_for_bit_what_it_draws_alone(llm, na
 
 
 def test_no_program_compiles_for_any_option(llm):
-    compiled = []
-
-    def listen(name, seconds, **_):
-        if "backend_compile" in name:
-            compiled.append((name, seconds))
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    jax.jit(lambda x: x * 5)(np.ones(3, np.float32))
-    assert compiled, "the listener hears compiles"
-    compiled.clear()
+    compiled = heard_compiles()
     everything = dataclasses.replace(
         DRAWN,
         logprobs=20,
@@ -223,7 +214,10 @@ class SquashOnce:
 def test_logprobs_of_a_squashed_request_are_those_of_an_undisturbed_run(
     llm, after_plans
 ):
-    """It is sent back while its prompt runs, 64 tokens a plan, and while it decodes."""
+    """It is sent back while its prompt runs, 64 tokens a plan, and while it decodes.
+
+    The first step is shared, so that afterwards the prompt is cut at other places.
+    """
     sampling = dataclasses.replace(
         GREEDY, prompt_logprobs=3, logprobs=1, presence_penalty=1.0
     )
@@ -238,7 +232,10 @@ def test_logprobs_of_a_squashed_request_are_those_of_an_undisturbed_run(
         "kv": {"max_squashes": 1},
     }
     with LLM(model="tiny", policy=policy, **SMALL) as squashing:
-        deltas = list(squashing.stream([prompt], sampling=sampling))
+        short = dataclasses.replace(GREEDY, max_tokens=1)
+        deltas = squashing.stream([[1, 2], prompt], sampling=[short, sampling])
+        deltas = [delta for delta in deltas if delta.index == 1]
+        assert squashing.step_records[0].prefill == (("req-0", 2), ("req-1", 32))
     assert deltas[-1].timing.squashes == 1
     assert sum((d.token_ids for d in deltas), ()) == expected.token_ids
     [scores] = [d.prompt_logprobs for d in deltas if d.prompt_logprobs is not None]

@@ -111,6 +111,39 @@ def test_text_however_cut_into_tokens_is_what_a_search_finds(
     assert stopped_at == first
 
 
+@settings(max_examples=500)
+@given(
+    text=TEXTS,
+    stops=STOPS,
+    places=PLACES,
+    first_token=st.integers(0, 20),
+    include_stop=st.booleans(),
+)
+@example(text="aaaa", stops=["aa"], places={1, 2, 3}, first_token=2, include_stop=True)
+def test_stop_string_counts_from_a_token_on_and_stays_if_asked(
+    text, stops, places, first_token, include_stop
+):
+    """What a token before that one completes is plain text, however it goes on."""
+    pieces = cut(text.encode(), places)
+    ends = list(itertools.accumulate(map(len, pieces)))
+    expected = text
+    for end in range(1, len(text) + 1):
+        num_bytes = len(text[:end].encode())
+        token = next(i for i, total in enumerate(ends) if total >= num_bytes)
+        hits = [len(stop) for stop in stops if text[:end].endswith(stop)]
+        if hits and token >= first_token:
+            expected = text[: end if include_stop else end - max(hits)]
+            break
+    output = OutputText(PieceTokenizer(pieces), tuple(stops), include_stop=include_stop)
+    streamed = ""
+    for index in range(len(pieces)):
+        if output.push(index, may_stop=index >= first_token):
+            break
+        streamed += output.take()
+        assert expected.startswith(streamed)
+    assert streamed + output.close() == output.text == expected
+
+
 @given(data=st.binary(max_size=40), places=PLACES, takes=TAKES)
 def test_arbitrary_bytes_stream_as_they_decode_at_once(data, places, takes):
     pieces = cut(data, places)

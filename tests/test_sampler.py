@@ -13,6 +13,7 @@ from jchameleon.runtime.sampler import (
     INVALID_TOKEN,
     SamplingBatch,
     empty_sampling,
+    first_best,
     kept_tokens,
     kth_largest,
     mass_threshold,
@@ -213,6 +214,11 @@ def test_mass_threshold_is_the_weight_that_completes_the_mass():
         # The sum over weights >= t counts ties with t as one.
         sums = np.array([order[order >= t].sum() for t in order])
         assert found[row] == order[np.argmax(sums >= needed[row])]
+
+
+@given(float_columns())
+def test_first_best_is_numpys_argmax(column):
+    assert jax.jit(first_best)(column)[0] == flush(column).argmax()
 
 
 def test_greedy_takes_the_first_of_the_best():

@@ -137,6 +137,10 @@ def test_value_at_the_limit_is_kept(field, value):
         ("logit_bias", {i: 0.0 for i in range(301)}),
         *[("logit_bias", v) for v in (None, [(1, 1.0)], ((1, 1.0), (1, 2.0)), 5, "1")],
         *[
+            ("logit_bias", v)
+            for v in ((1,), ((1, 2.0, 3),), {i: 0.0 for i in range(10**5)})
+        ],
+        *[
             (field, v)
             for field in ("logprobs", "prompt_logprobs")
             for v in (-1, 21, 10**6, 1.0, NAN, True, "1")

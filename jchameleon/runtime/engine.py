@@ -154,12 +154,10 @@ class Engine:
         *,
         adapter_uid: str | None,
         outbox: Outbox,
-        completion: int = 0,
     ) -> Submission:
-        """Validate one completion of a request; `submit` takes the result.
+        """Validate a request; `submit` takes the result.
 
-        `completion` says which one it is; `jchameleon.runtime.completions` prepares
-        all of them.
+        For more than one completion see `jchameleon.runtime.completions`.
 
         Raises:
           InvalidRequestError: id, prompt or sampling is outside the engine's limits.
@@ -194,7 +192,6 @@ class Engine:
             adapter_uid=adapter_uid,
             arrival_s=time.monotonic(),
             outbox=outbox,
-            completion=completion,
         )
 
     def submit(self, submission: Submission) -> None:
@@ -319,7 +316,7 @@ class Engine:
                 poll_s = LOAD_POLL_S if self._loads.in_flight else idle_wait
                 if wait and tick_s < math.inf:
                     left_s = max(0.0, tick_s - time.monotonic())
-                    poll_s = min(left_s, poll_s or left_s)
+                    poll_s = left_s if poll_s is None else min(left_s, poll_s)
                 message = self._inbox.get(wait, poll_s if wait else None)
             except queue.Empty:
                 if not wait:
@@ -389,15 +386,10 @@ class Engine:
         for request_id, packed in output.scored:
             self._live[request_id].add_scores(packed)
         finished = [i for i, drawn in output.drawn if self._add_token(i, drawn, now_s)]
+        host_s = time.monotonic() - iteration_s - output.device_s
+        resident = self._executor.num_resident
         self._records.append(
-            StepRecord(
-                start_s=start_s,
-                duration_s=now_s - start_s,
-                prefill=tuple((c.request_id, c.length) for c in plan.prefill),
-                decode=plan.decode,
-                resident=self._executor.num_resident,
-                host_s=time.monotonic() - iteration_s - output.device_s,
-            )
+            StepRecord.of(plan, start_s, now_s, resident=resident, host_s=host_s)
         )
         return StepDone(
             duration_s=now_s - start_s,

@@ -41,8 +41,9 @@ class LiveRequest:
         self._end_token_ids = frozenset(sampling.stop_token_ids)
         if not sampling.ignore_eos:
             self._end_token_ids |= eos_token_ids
-        edits = RowEdits(sampling, prompt, end_token_ids=self._end_token_ids)
-        self._edits = None if edits.over else edits
+        self._edits: RowEdits | None = None
+        if sampling.edits_logits:
+            self._edits = RowEdits(sampling, prompt, end_token_ids=self._end_token_ids)
         self._prompt_logprobs: list[TokenLogprobs | None] = [None]
         self._owes_prompt_logprobs = sampling.prompt_logprobs is not None
         self._tokens = np.zeros(len(prompt) + sampling.max_tokens, np.int32)

@@ -1,6 +1,9 @@
 """What each iteration ran: for tests, tuning and cost models."""
 
 import dataclasses
+from typing import Self
+
+from jchameleon.runtime.policy.plan import Plan
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -23,3 +26,17 @@ class StepRecord:
     decode: tuple[str, ...]
     resident: int
     host_s: float
+
+    @classmethod
+    def of(
+        cls, plan: Plan, start_s: float, end_s: float, *, resident: int, host_s: float
+    ) -> Self:
+        """Return the record of a plan that ran from `start_s` to `end_s`."""
+        return cls(
+            start_s=start_s,
+            duration_s=end_s - start_s,
+            prefill=tuple((c.request_id, c.length) for c in plan.prefill),
+            decode=plan.decode,
+            resident=resident,
+            host_s=host_s,
+        )
