@@ -4,33 +4,32 @@ with LLM(model="smollm2-135m", adapters={"json": "path/to/peft_dir"}) as llm:
     outputs = llm.generate(["Hi", "Hello"], adapters=["json", None])
 """
 
+import contextlib
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from jchameleon.config import PROJECTIONS, EngineConfig
+from jchameleon.config import EngineConfig
 from jchameleon.errors import InvalidRequestError, JChameleonError, QueueFullError
-from jchameleon.lora.adapter import HostAdapter
+from jchameleon.lifecycle import AdapterLifecycle
 from jchameleon.lora.peft import load_peft_adapter
 from jchameleon.models.loader import load_model
 from jchameleon.outputs import AdapterInfo, EngineStats, RequestDelta, RequestOutput
+from jchameleon.requests import Prompt, RequestStream, as_prompt_list, per_prompt
 from jchameleon.runtime.adapters import AdapterRegistry
 from jchameleon.runtime.engine import Engine
 from jchameleon.runtime.host_store import HostStore
 from jchameleon.runtime.outbox import Delta, Outbox
 from jchameleon.runtime.policy.presets import build_policies, load_policy
-from jchameleon.runtime.policy.residency import AdapterStats
 from jchameleon.runtime.records import StepRecord
 from jchameleon.runtime.setup import build_executor, start_engine
 from jchameleon.runtime.submission import Submission
 from jchameleon.runtime.transfer import emulated_link
 from jchameleon.sampling import SamplingParams
-
-Prompt = str | Sequence[int]
 
 
 class LLM:
@@ -84,12 +83,19 @@ class LLM:
         # Bad input is found by here or by the first lines of this; then device work.
         self._executor, planner, log = build_executor(loaded, config, cards)
         self._engine = start_engine(
-            loaded, config, self._executor, planner, log, self._registry.get
+            loaded,
+            config,
+            self._executor,
+            planner,
+            log,
+            self._registry.get,
+            self._registry,
         )
         self._ids = itertools.count()
         try:
-            for card in cards:
-                self._engine.register_adapter(card)
+            self._adapters = AdapterLifecycle(
+                self._registry, self._host, self._engine, self._executor
+            )
         except JChameleonError:
             self.close()
             raise
@@ -140,15 +146,15 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         adapters: str | None | Sequence[str | None] = None,
         sampling: SamplingParams | Sequence[SamplingParams] | None = None,
-    ) -> Iterator[RequestDelta]:
-        """Yield pieces of output as they come; arguments as in `generate`.
+    ) -> RequestStream:
+        """Return an iterator over pieces of output; arguments as in `generate`.
 
-        Validation happens here; the requests start at the first `next`. Closing the
-        iterator early cancels what still runs.
+        Validation happens here, and so it is settled what the adapters' names stand
+        for; the requests start at the first `next`. Closing it cancels what is left.
         """
         batch = self._prepare(prompts, adapters, sampling)
 
-        def deltas() -> Iterator[RequestDelta]:
+        def deltas() -> Generator[RequestDelta, None, None]:
             for index, request_id, delta in self._run(batch):
                 yield RequestDelta(
                     index=index,
@@ -160,26 +166,60 @@ class LLM:
                     timing=delta.timing,
                 )
 
-        return deltas()
+        return RequestStream(deltas(), [request.submission for request in batch])
 
     def cancel(self, request_id: str) -> None:
         """End a running request as "aborted"; unknown ids are ignored."""
         self._engine.cancel(request_id)
 
-    def add_adapter(self, name: str, path: str | Path) -> AdapterInfo:
-        """Register a PEFT directory while requests run.
+    def register_adapter(
+        self,
+        name: str,
+        path: str | Path,
+        *,
+        replace: bool = False,
+        pin: bool = False,
+    ) -> AdapterInfo:
+        """Register a PEFT directory under a name while requests run.
 
-        The same content under the same name again is no change.
+        It has been read and checked in full when this returns. The same content under
+        the same name again is no change.
+
+        Args:
+          replace: let the name stand for this content from now on, whatever it stands
+            for. Requests accepted before finish on the old content, which is then
+            forgotten unless another name stands for it. A pin moves to the new one.
+          pin: keep it on the device, as `pin_adapter` does.
 
         Raises:
           AdapterError: it cannot be applied exactly as PEFT would, or touches
             projections that the engine was not started for.
           AdapterConflictError: the name stands for other content.
+          CapacityError: it cannot fit in the pool, or not be pinned beside others.
         """
-        adapter = self._registry.load(name, path)
-        self._register(name, adapter)
-        [stats] = self._engine.adapter_stats([adapter.uid])
-        return self._info(name, adapter.uid, stats)
+        return self._adapters.register(name, path, replace=replace, pin=pin)
+
+    def unregister_adapter(
+        self, name: str, *, timeout_s: float | None = None, force: bool = False
+    ) -> None:
+        """Take no more requests for a name, wait for those it has, and forget it.
+
+        New requests are refused from the first moment. When this returns, nothing that
+        was accepted under the name is left, and device pages, host memory and all
+        counters of its content are gone, unless another name stands for it. The name
+        may be registered again at any time, also while old requests drain.
+
+        Args:
+          timeout_s: wait no longer than this; None waits for ever. The adapter stays
+            draining after that, and another call goes on waiting. An open `stream` of
+            the caller's own counts too.
+          force: end its requests as "aborted" instead.
+
+        Raises:
+          UnknownAdapterError: no adapter has this name, not even one that drains.
+          AdapterBusyError: requests are left after `timeout_s`; says how many.
+        """
+        self._adapters.unregister(name, timeout_s=timeout_s, force=force)
 
     def pin_adapter(self, name: str) -> None:
         """Keep an adapter on the device from now on; it is loaded if it is not there.
@@ -188,25 +228,21 @@ class LLM:
           UnknownAdapterError: no adapter has this name.
           CapacityError: an accepted request could not run beside it any more.
         """
-        self._engine.pin_adapter(self._registry.resolve(name), pinned=True)
+        self._adapters.pin(name)
 
     def unpin_adapter(self, name: str) -> None:
         """Let a pinned adapter be evicted again; one that is not pinned stays so.
 
+        It stays on the device as long as another name pins the same content.
+
         Raises:
           UnknownAdapterError: no adapter has this name.
         """
-        self._engine.pin_adapter(self._registry.resolve(name), pinned=False)
+        self._adapters.unpin(name)
 
     def list_adapters(self) -> list[AdapterInfo]:
-        """Return all registered adapters, by name."""
-        names = self._registry.names()
-        stats = self._engine.adapter_stats(list(names.values()))
-        infos = [
-            self._info(name, uid, row)
-            for (name, uid), row in zip(names.items(), stats, strict=True)
-        ]
-        return sorted(infos, key=lambda info: info.name)
+        """Return all registered adapters and those that still drain, by name."""
+        return self._adapters.infos()
 
     def stats(self) -> EngineStats:
         """Return the engine's totals."""
@@ -288,32 +324,6 @@ class LLM:
     def _page_bytes(self) -> int:
         return self._executor.pool_bytes // self._executor.num_pages
 
-    def _register(self, name: str, adapter: HostAdapter) -> None:
-        self._registry.check(name, adapter)
-        # The engine first: a name must never lead to an adapter it does not know.
-        self._engine.register_adapter(adapter.card)
-        self._registry.add(name, adapter)
-
-    def _info(self, name: str, uid: str, stats: AdapterStats) -> AdapterInfo:
-        card = self._registry.card(uid)
-        pages = self._executor.layout.num_pages(card.rank)
-        return AdapterInfo(
-            name=name,
-            uid=uid,
-            rank=card.rank,
-            targets=tuple(p for p in PROJECTIONS if p in card.targets),
-            source=card.source,
-            device_bytes=pages * self._page_bytes,
-            resident=stats.state == "resident",
-            in_host_memory=self._host.holds(uid),
-            pinned=stats.pinned,
-            hits=stats.hits,
-            misses=stats.misses,
-            loads=stats.loads,
-            evictions=stats.evictions,
-            load_failures=stats.failures,
-        )
-
     def _prepare(
         self,
         prompts: Prompt | Sequence[Prompt],
@@ -329,10 +339,25 @@ class LLM:
             (SamplingParams,),
             len(prompt_list),
         )
+        with contextlib.ExitStack() as on_error:
+            batch = self._prepare_each(prompt_list, names, params, on_error)
+            on_error.pop_all()
+        return batch
+
+    def _prepare_each(
+        self,
+        prompts: list[Prompt],
+        names: list[str | None],
+        params: list[SamplingParams],
+        on_error: contextlib.ExitStack,
+    ) -> list["_Prepared"]:
         outbox = Outbox()
         batch = []
-        for prompt, name, one in zip(prompt_list, names, params, strict=True):
-            uid = None if name is None else self._registry.resolve(name)
+        for prompt, name, one in zip(prompts, names, params, strict=True):
+            request_id, lease = f"req-{next(self._ids)}", None
+            if name is not None:
+                lease = self._registry.lease(name, request_id)
+                on_error.callback(lease.abandon)
             if isinstance(prompt, str):
                 if self.tokenizer is None:
                     raise InvalidRequestError(
@@ -345,11 +370,12 @@ class LLM:
             else:
                 tokens = prompt
             submission = self._engine.prepare(
-                f"req-{next(self._ids)}",
+                request_id,
                 tokens,
                 one,
-                adapter_uid=uid,
+                adapter_uid=None if lease is None else lease.uid,
                 outbox=outbox,
+                lease=lease,
             )
             batch.append(_Prepared(submission=submission, adapter=name))
         return batch
@@ -381,6 +407,8 @@ class LLM:
         finally:
             for request_id in open_requests:
                 self._engine.cancel(request_id)
+            for request in batch[submitted:]:
+                request.submission.abandon()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -402,50 +430,3 @@ class _Prepared:
             error=whole.error,
             timing=whole.timing,
         )
-
-
-def as_prompt_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """Return a list of prompts; one string or one list of token ids is one prompt."""
-    if isinstance(prompts, str):
-        return [prompts]
-    if not isinstance(prompts, Sequence) or isinstance(prompts, bytes):
-        raise InvalidRequestError(
-            f"prompts of type {type(prompts).__name__} must be a string, a list of "
-            "strings or a list of lists of token ids"
-        )
-    if not prompts:
-        return []
-    if all(isinstance(item, int) and not isinstance(item, bool) for item in prompts):
-        return [prompts]  # type: ignore[list-item]
-    for item in prompts:
-        if isinstance(item, str):
-            continue
-        if not isinstance(item, Sequence) or isinstance(item, bytes):
-            raise InvalidRequestError(
-                f"prompt {item!r:.60} must be a string or a list of token ids"
-            )
-    return list(prompts)  # type: ignore[arg-type]
-
-
-def per_prompt(field: str, value: Any, kinds: tuple[type, ...], count: int) -> list:
-    """Return one value per prompt; a single value stands for all.
-
-    Raises:
-      InvalidRequestError: wrong type, or a list of another length than the prompts.
-    """
-    if isinstance(value, kinds):
-        return [value] * count
-    if not isinstance(value, Sequence) or isinstance(value, str | bytes):
-        names = " or ".join(kind.__name__ for kind in kinds)
-        raise InvalidRequestError(f"{field}={value!r:.60} must be {names} or a list")
-    for item in value:
-        if not isinstance(item, kinds):
-            names = " or ".join(kind.__name__ for kind in kinds)
-            raise InvalidRequestError(
-                f"{field} has {item!r:.60}, which must be {names}"
-            )
-    if len(value) != count:
-        raise InvalidRequestError(
-            f"{field} has {len(value)} entries for {count} prompts"
-        )
-    return list(value)

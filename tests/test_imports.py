@@ -31,6 +31,8 @@ PARTS = (
     "sim",
     "serving",
     "outputs",
+    "requests",
+    "lifecycle",
     "llm",
     "cli",
     "__init__",
@@ -40,7 +42,7 @@ PARTS = (
 # What each part may import besides itself: parts, or single modules of them. Every part
 # may also import LEAVES.
 LEAVES = {"errors", "resources"}
-FRONT_DOORS = {"llm", "cli", "__init__", "__main__"}
+FRONT_DOORS = {"lifecycle", "llm", "cli", "__init__", "__main__"}
 MAY_IMPORT = {
     "errors": set(),
     "resources": set(),
@@ -55,7 +57,9 @@ MAY_IMPORT = {
     "sim": {"config", "runtime.policy"},
     "serving": {"config", "sampling", "runtime"},
     "outputs": {"runtime.outbox", "runtime.policy"},
-    "llm": set(PARTS) - FRONT_DOORS,
+    "requests": {"outputs", "runtime"},
+    "lifecycle": set(PARTS) - FRONT_DOORS,
+    "llm": set(PARTS) - FRONT_DOORS | {"lifecycle"},
     "cli": set(PARTS) - {"__main__"},
     "__init__": set(PARTS) - {"cli", "__main__"},
     "__main__": {"cli"},

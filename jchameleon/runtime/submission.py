@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from jchameleon.errors import InvalidRequestError
+from jchameleon.runtime.leases import AdapterLease
 from jchameleon.runtime.outbox import Outbox
 from jchameleon.runtime.policy.request import Request
 from jchameleon.sampling import SamplingParams, shown
@@ -18,6 +19,8 @@ class Submission:
     Attributes:
       prompt: i32[n] token ids.
       adapter_uid: content hash, or None for the base model.
+      lease: the claim to it that ends with the request; None where the caller sees to
+        it that the adapter stays registered.
       outbox: where its deltas go.
     """
 
@@ -27,6 +30,22 @@ class Submission:
     adapter_uid: str | None
     arrival_s: float
     outbox: Outbox
+    lease: AdapterLease | None = None
+
+    @property
+    def revoked(self) -> str | None:
+        """Why its adapter is not to be used any more, or None."""
+        return None if self.lease is None else self.lease.revoked
+
+    def abandon(self) -> None:
+        """Give up its claims unless the engine has it; any number of times."""
+        if self.lease is not None:
+            self.lease.abandon()
+
+    def release(self) -> None:
+        """Give up its claims: it has ended."""
+        if self.lease is not None:
+            self.lease.release()
 
     def request(self) -> Request:
         """Return what policies see of it."""
