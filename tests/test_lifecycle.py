@@ -30,6 +30,7 @@ from jchameleon.errors import (
 )
 from jchameleon.llm import LLM
 from jchameleon.runtime.outbox import Outbox
+from jchameleon.runtime.policy.replay import replay
 from jchameleon.sampling import SamplingParams
 
 PROMPT = [5, 6, 7, 8, 9]
@@ -744,6 +745,24 @@ def test_dying_engine_ends_drains_and_releases_everything(folder):
     assert end is None or "injected" in str(end)
     llm.close()
     assert llm._registry._contents == {}
+
+
+def test_plan_log_of_replaced_pinned_and_gone_adapters_replays(folder, tmp_path):
+    log = tmp_path / "plans.gz"
+    for policy in ("chameleon", "histogram", "gdsf"):
+        with LLM("tiny", policy=policy, plan_log=str(log), **OPTIONS) as llm:
+            for number in (0, 1, 2, 0):
+                llm.register_adapter("a", folder / f"v{number}", replace=True, pin=True)
+                stream = llm.stream([PROMPT] * 3, "a", LONG)
+                next(stream)
+                llm.register_adapter("a", folder / "v1", replace=True)
+                list(stream)
+                ask(llm, "a")
+                llm.unregister_adapter("a")
+            check_books(llm, {})
+        report = replay(log)
+        assert report.first_difference is None and not report.cut_off
+        assert report.evictions >= 4
 
 
 # Many.
