@@ -1,7 +1,7 @@
 """Adapters that come and go while requests run: every call, every race, every end."""
 
 import gc
-import sys
+import random
 import threading
 import time
 
@@ -14,6 +14,7 @@ from adapter_versions import (
     check_books,
     write_version,
 )
+from counted import calls_of
 from random_adapters import write_random_adapter
 from slow_adapters import close_gate, open_gate, read_adapter
 
@@ -29,6 +30,7 @@ from jchameleon.errors import (
     UnknownAdapterError,
 )
 from jchameleon.llm import LLM
+from jchameleon.outputs import RequestOutput
 from jchameleon.runtime.outbox import Outbox
 from jchameleon.runtime.policy.replay import replay
 from jchameleon.sampling import SamplingParams
@@ -318,7 +320,7 @@ def test_timeout_says_how_many_are_left_and_a_later_call_goes_on(
         whole[delta.index] += delta.token_ids
     assert whole == dict.fromkeys((0, 1), reference(0, LONG))
     try:
-        llm.unregister_adapter("a", timeout_s=30)
+        llm.unregister_adapter("a", timeout_s=1e99)
     except UnknownAdapterError:
         pass  # it was gone by then
     check_books(llm, {})
@@ -378,7 +380,7 @@ def test_of_two_names_of_one_content_each_drains_for_itself(llm, folder, referen
     first_a, first_b = next(of_a), next(of_b)
     llm.pin_adapter("a")
     llm.pin_adapter("b")
-    with pytest.raises(AdapterBusyError, match="1 open requests"):
+    with pytest.raises(AdapterBusyError, match="has 1 open request after"):
         llm.unregister_adapter("a", timeout_s=0)
     assert info_of(llm, "b").pinned
     llm.unregister_adapter("a", force=True)
@@ -428,6 +430,50 @@ def test_threads_that_replace_one_name_leave_one_content(llm, folder, reference)
     check_books(llm, {"a": uid})
 
 
+def any_call(llm, rng, folder):
+    """Do one thing to one of two names and return its result."""
+    name, path = rng.choice("ab"), folder / f"v{rng.randrange(3)}"
+    match rng.randrange(12):
+        case 0 | 10 | 11:
+            return llm.register_adapter(name, path, replace=rng.random() < 0.5)
+        case 1:
+            return llm.register_adapter(name, path, replace=True, pin=True)
+        case 2:
+            return llm.unregister_adapter(name, timeout_s=rng.choice([0, 0.01, 30]))
+        case 3:
+            return llm.unregister_adapter(name, timeout_s=30, force=True)
+        case 4:
+            return llm.unpin_adapter(name)
+        case 5:
+            return llm.stream([PROMPT] * 2, name, GREEDY)  # and drop it
+        case 6:
+            return llm.list_adapters()
+    return llm.generate([PROMPT], name, GREEDY)
+
+
+def test_threads_that_do_all_at_once_leave_nothing_behind(llm, folder, reference):
+    expected = {reference(number) for number in range(3)}
+
+    def live(seed):
+        rng = random.Random(seed)
+        done = 0
+        while done < 5:
+            try:
+                result = any_call(llm, rng, folder)
+            except (AdapterConflictError, UnknownAdapterError, AdapterBusyError):
+                continue
+            for output in result if isinstance(result, list) else ():
+                if isinstance(output, RequestOutput):
+                    whole = output.finish_reason == "length"
+                    assert whole or "was unregistered" in output.error
+                    assert not whole or output.token_ids in expected
+                    done += whole
+        return done
+
+    threads = [in_thread(lambda s=seed: live(s)) for seed in range(4)]
+    assert [thread.finish() for thread in threads] == [5] * 4
+
+
 def test_unregister_while_it_loads_waits_for_the_copy(llm, folder, monkeypatch):
     monkeypatch.setattr(llm._host, "_budget_bytes", 0)
     llm.register_adapter("slow", folder / "v0")
@@ -435,7 +481,7 @@ def test_unregister_while_it_loads_waits_for_the_copy(llm, folder, monkeypatch):
     stream = llm.stream([PROMPT], "slow", GREEDY)
     reader = in_thread(lambda: list(stream))
     wait_until(lambda: info_of(llm, "slow").tier == "loading")
-    with pytest.raises(AdapterBusyError, match="1 open requests"):
+    with pytest.raises(AdapterBusyError, match="has 1 open request after"):
         llm.unregister_adapter("slow", timeout_s=0)
     with pytest.raises(AdapterBusyError, match="a copy under way to the device"):
         llm.unregister_adapter("slow", timeout_s=0.05, force=True)
@@ -766,22 +812,6 @@ def test_plan_log_of_replaced_pinned_and_gone_adapters_replays(folder, tmp_path)
 
 
 # Many.
-
-
-def calls_of(action):
-    """Return the Python calls that an action makes on this thread, and its result."""
-    count = 0
-
-    def note(frame, event, argument):
-        nonlocal count
-        count += event == "call"
-
-    sys.setprofile(note)
-    try:
-        result = action()
-    finally:
-        sys.setprofile(None)
-    return count, result
 
 
 def test_thousand_adapters_register_list_and_run_through_a_small_pool(llm, tmp_path):

@@ -2,11 +2,11 @@
 
 import dataclasses
 import random
-import sys
 import tracemalloc
 
 import numpy as np
 import pytest
+from counted import calls_of
 from planner_driver import CONFIG, Driver, planner_of, request_of
 
 from jchameleon.errors import PolicyError
@@ -445,22 +445,6 @@ def test_agenda_of_the_gone_is_cleared_when_it_is_the_majority():
     assert len(known) == 250, "windows of those that stay are kept"
 
 
-def calls_of(action):
-    """Return how many Python calls an action makes."""
-    count = 0
-
-    def note(frame, event, argument):
-        nonlocal count
-        count += event in ("call", "c_call")
-
-    sys.setprofile(note)
-    try:
-        action()
-    finally:
-        sys.setprofile(None)
-    return count
-
-
 def test_one_more_adapter_costs_the_same_among_ten_and_ten_thousand():
     costs = {}
     for known in (10, 10_000):
@@ -470,7 +454,7 @@ def test_one_more_adapter_costs_the_same_among_ten_and_ten_thousand():
         for event in events:  # arrays have grown by now
             planner.plan(0.1, event)
         costs[known] = [
-            calls_of(lambda event=event, plan=planner.plan: plan(0.2, event))
+            calls_of(lambda event=event, plan=planner.plan: plan(0.2, event))[0]
             for event in events
         ]
     assert costs[10] == costs[10_000]

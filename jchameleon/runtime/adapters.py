@@ -259,14 +259,16 @@ class AdapterRegistry:
         with self._changed:
             self._changed.wait_for(
                 lambda: self._ended is not None or not self._pending(bindings),
-                timeout_s,
+                None if timeout_s is None else min(timeout_s, threading.TIMEOUT_MAX),
             )
             if not self._pending(bindings):
                 return
             if self._ended is not None:
                 raise EngineDeadError(self._ended)
             left = sum(len(binding.requests) for binding in bindings)
-            what = f"{left} open requests" if left else "a copy under way to the device"
+            what = f"{left} open request{'s' * (left > 1)}"
+            if not left:
+                what = "a copy under way to the device"
             raise AdapterBusyError(
                 f"adapter {name!r} still has {what} after timeout_s={timeout_s}; it "
                 "takes no new ones: unregister it again to go on waiting, or with "
