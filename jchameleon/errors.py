@@ -42,6 +42,10 @@ class UnknownAdapterError(JChameleonError, LookupError):
     """No adapter is registered under this name."""
 
 
+class AdapterBusyError(JChameleonError, TimeoutError):
+    """An adapter that is being unregistered is still in use; says by what."""
+
+
 class InvalidRequestError(JChameleonError, ValueError):
     """A prompt or a sampling value is outside what the model or engine allows."""
 

@@ -8,14 +8,14 @@ import contextlib
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from jchameleon.config import PROJECTIONS, EngineConfig
+from jchameleon.config import EngineConfig
 from jchameleon.errors import InvalidRequestError, JChameleonError
-from jchameleon.lora.adapter import HostAdapter
+from jchameleon.lifecycle import AdapterLifecycle
 from jchameleon.lora.peft import load_peft_adapter
 from jchameleon.models.chat import ChatTemplate
 from jchameleon.models.conversation import (
@@ -30,6 +30,7 @@ from jchameleon.requests import (
     Call,
     CallRequest,
     Prompt,
+    RequestStream,
     as_prompt_list,
     per_prompt,
 )
@@ -39,7 +40,6 @@ from jchameleon.runtime.engine import Engine
 from jchameleon.runtime.host_store import HostStore
 from jchameleon.runtime.outbox import Outbox
 from jchameleon.runtime.policy.presets import build_policies, load_policy
-from jchameleon.runtime.policy.residency import AdapterStats
 from jchameleon.runtime.programs import host_params
 from jchameleon.runtime.records import StepRecord
 from jchameleon.runtime.setup import build_executor, start_engine
@@ -100,13 +100,20 @@ class LLM:
         # Bad input is found by here or by the first lines of this; then device work.
         self._executor, planner, log = build_executor(loaded, config, cards)
         self._engine = start_engine(
-            loaded, config, self._executor, planner, log, self._registry.get
+            loaded,
+            config,
+            self._executor,
+            planner,
+            log,
+            self._registry.get,
+            self._registry,
         )
         self._ids = itertools.count()
         self._calls: dict[str, Call] = {}
         try:
-            for card in cards:
-                self._engine.register_adapter(card)
+            self._adapters = AdapterLifecycle(
+                self._registry, self._host, self._engine, self._executor
+            )
         except JChameleonError:
             self.close()
             raise
@@ -153,19 +160,19 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         adapters: str | None | Sequence[str | None] = None,
         sampling: SamplingParams | Sequence[SamplingParams] | None = None,
-    ) -> Iterator[RequestDelta]:
-        """Yield pieces of output as they come; arguments as in `generate`.
+    ) -> RequestStream:
+        """Return an iterator over pieces of output; arguments as in `generate`.
 
-        Validation happens here; the requests start at the first `next`. Closing the
-        iterator early cancels what still runs.
+        Validation happens here, and so it is settled what the adapters' names stand
+        for; the requests start at the first `next`. Closing it cancels what is left.
         """
         call = self._call(prompts, adapters, sampling)
 
-        def deltas() -> Iterator[RequestDelta]:
+        def deltas() -> Generator[RequestDelta, None, None]:
             with self._open(call):
                 yield from call.deltas()
 
-        return deltas()
+        return RequestStream(deltas(), call.submissions)
 
     def cancel(self, request_id: str) -> None:
         """End a request as "aborted", all its completions; unknown ids are ignored."""
@@ -175,20 +182,54 @@ class LLM:
         else:
             call.cancel(request_id)
 
-    def add_adapter(self, name: str, path: str | Path) -> AdapterInfo:
-        """Register a PEFT directory while requests run.
+    def register_adapter(
+        self,
+        name: str,
+        path: str | Path,
+        *,
+        replace: bool = False,
+        pin: bool = False,
+    ) -> AdapterInfo:
+        """Register a PEFT directory under a name while requests run.
 
-        The same content under the same name again is no change.
+        It has been read and checked in full when this returns. The same content under
+        the same name again is no change.
+
+        Args:
+          replace: let the name stand for this content from now on, whatever it stands
+            for. Requests accepted before finish on the old content, which is then
+            forgotten unless another name stands for it. A pin moves to the new one.
+          pin: keep it on the device, as `pin_adapter` does.
 
         Raises:
           AdapterError: it cannot be applied exactly as PEFT would, or touches
             projections that the engine was not started for.
           AdapterConflictError: the name stands for other content.
+          CapacityError: it cannot fit in the pool, or not be pinned beside others.
         """
-        adapter = self._registry.load(name, path)
-        self._register(name, adapter)
-        [stats] = self._engine.adapter_stats([adapter.uid])
-        return self._info(name, adapter.uid, stats)
+        return self._adapters.register(name, path, replace=replace, pin=pin)
+
+    def unregister_adapter(
+        self, name: str, *, timeout_s: float | None = None, force: bool = False
+    ) -> None:
+        """Take no more requests for a name, wait for those it has, and forget it.
+
+        New requests are refused from the first moment. When this returns, nothing that
+        was accepted under the name is left, and device pages, host memory and all
+        counters of its content are gone, unless another name stands for it. The name
+        may be registered again at any time, also while old requests drain.
+
+        Args:
+          timeout_s: wait no longer than this; None waits for ever. The adapter stays
+            draining after that, and another call goes on waiting. An open `stream` of
+            the caller's own counts too.
+          force: end its requests as "aborted" instead.
+
+        Raises:
+          UnknownAdapterError: no adapter has this name, not even one that drains.
+          AdapterBusyError: requests are left after `timeout_s`; says how many.
+        """
+        self._adapters.unregister(name, timeout_s=timeout_s, force=force)
 
     def pin_adapter(self, name: str) -> None:
         """Keep an adapter on the device from now on; it is loaded if it is not there.
@@ -197,25 +238,21 @@ class LLM:
           UnknownAdapterError: no adapter has this name.
           CapacityError: an accepted request could not run beside it any more.
         """
-        self._engine.pin_adapter(self._registry.resolve(name), pinned=True)
+        self._adapters.pin(name)
 
     def unpin_adapter(self, name: str) -> None:
         """Let a pinned adapter be evicted again; one that is not pinned stays so.
 
+        It stays on the device as long as another name pins the same content.
+
         Raises:
           UnknownAdapterError: no adapter has this name.
         """
-        self._engine.pin_adapter(self._registry.resolve(name), pinned=False)
+        self._adapters.unpin(name)
 
     def list_adapters(self) -> list[AdapterInfo]:
-        """Return all registered adapters, by name."""
-        names = self._registry.names()
-        stats = self._engine.adapter_stats(list(names.values()))
-        infos = [
-            self._info(name, uid, row)
-            for (name, uid), row in zip(names.items(), stats, strict=True)
-        ]
-        return sorted(infos, key=lambda info: info.name)
+        """Return all registered adapters and those that still drain, by name."""
+        return self._adapters.infos()
 
     def stats(self) -> EngineStats:
         """Return the engine's totals."""
@@ -358,32 +395,6 @@ class LLM:
     def _page_bytes(self) -> int:
         return self._executor.pool_bytes // self._executor.num_pages
 
-    def _register(self, name: str, adapter: HostAdapter) -> None:
-        self._registry.check(name, adapter)
-        # The engine first: a name must never lead to an adapter it does not know.
-        self._engine.register_adapter(adapter.card)
-        self._registry.add(name, adapter)
-
-    def _info(self, name: str, uid: str, stats: AdapterStats) -> AdapterInfo:
-        card = self._registry.card(uid)
-        pages = self._executor.layout.num_pages(card.rank)
-        return AdapterInfo(
-            name=name,
-            uid=uid,
-            rank=card.rank,
-            targets=tuple(p for p in PROJECTIONS if p in card.targets),
-            source=card.source,
-            device_bytes=pages * self._page_bytes,
-            resident=stats.state == "resident",
-            in_host_memory=self._host.holds(uid),
-            pinned=stats.pinned,
-            hits=stats.hits,
-            misses=stats.misses,
-            loads=stats.loads,
-            evictions=stats.evictions,
-            load_failures=stats.failures,
-        )
-
     def _call(
         self,
         prompts: Prompt | Sequence[Prompt],
@@ -399,10 +410,25 @@ class LLM:
             (SamplingParams,),
             len(prompt_list),
         )
+        with contextlib.ExitStack() as on_error:
+            requests = self._prepare_each(prompt_list, names, params, on_error)
+            on_error.pop_all()
+        return Call(self._engine, requests)
+
+    def _prepare_each(
+        self,
+        prompts: list[Prompt],
+        names: list[str | None],
+        params: list[SamplingParams],
+        on_error: contextlib.ExitStack,
+    ) -> list[CallRequest]:
         outbox = Outbox()
         requests = []
-        for prompt, name, one in zip(prompt_list, names, params, strict=True):
-            uid = None if name is None else self._registry.resolve(name)
+        for prompt, name, one in zip(prompts, names, params, strict=True):
+            request_id, lease = f"req-{next(self._ids)}", None
+            if name is not None:
+                lease = self._registry.lease(name, request_id)
+                on_error.callback(lease.abandon)
             if isinstance(prompt, str):
                 if self.tokenizer is None:
                     raise InvalidRequestError(
@@ -416,14 +442,17 @@ class LLM:
                 tokens = prompt
             submissions = prepare_completions(
                 self._engine,
-                f"req-{next(self._ids)}",
+                request_id,
                 tokens,
                 one,
-                adapter_uid=uid,
+                adapter_uid=None if lease is None else lease.uid,
                 outbox=outbox,
+                lease=lease,
             )
+            for submission in submissions:
+                on_error.callback(submission.abandon)
             requests.append(CallRequest(adapter=name, submissions=submissions))
-        return Call(self._engine, requests)
+        return requests
 
     @contextlib.contextmanager
     def _open(self, call: Call) -> Iterator[None]:

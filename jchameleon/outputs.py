@@ -1,6 +1,7 @@
 """What the front doors return: outputs, pieces of them, adapters and totals."""
 
 import dataclasses
+from typing import Literal
 
 from jchameleon.runtime.outbox import FinishReason, RequestTiming, TokenLogprobs
 from jchameleon.runtime.policy.plan import LaneStats
@@ -106,20 +107,30 @@ class RequestDelta:
     timing: RequestTiming | None
 
 
+AdapterTier = Literal["device", "loading", "host", "disk"]
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class AdapterInfo:
     """One registered adapter as the engine sees it now.
 
+    What follows `host_bytes` is of its content: names of one content share it.
+
     Attributes:
       name, uid, rank, targets, source: identity.
-      device_bytes: what it takes in the pool when resident.
-      resident: it is on the device.
-      in_host_memory: its weights need not be read from disk for the next load.
-      pinned: it is kept there.
+      tier: the nearest place where it is: on the "device", "loading" to it (pages are
+        reserved), in "host" memory, on "disk".
+      draining: the name was unregistered or stands for other content by now; requests
+        accepted before go on, and this entry goes with the last of them.
+      pinned: this name keeps it on the device.
+      requests: accepted under this name and not ended, those not submitted yet too.
+      size_bytes: what it takes on the device when it is there.
+      device_bytes, host_bytes: what it holds there now; 0 where it is not.
       hits, misses: admissions that found it resident, or did not; a request that was
         squashed is admitted again.
       loads, evictions: copies to the device, and removals.
       load_failures: loads that failed; requests for it failed with them.
+      running, waiting: requests in the engine.
     """
 
     name: str
@@ -127,15 +138,20 @@ class AdapterInfo:
     rank: int
     targets: tuple[str, ...]
     source: str
-    device_bytes: int
-    resident: bool
-    in_host_memory: bool
+    tier: AdapterTier
+    draining: bool
     pinned: bool
+    requests: int
+    size_bytes: int
+    device_bytes: int
+    host_bytes: int
     hits: int
     misses: int
     loads: int
     evictions: int
     load_failures: int
+    running: int
+    waiting: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import Any
 
 from jchameleon.errors import InvalidRequestError, QueueFullError
@@ -75,7 +75,12 @@ class Call:
             for request, whole in zip(self.requests, wholes, strict=True)
         ]
 
-    def deltas(self) -> Iterator[RequestDelta]:
+    @property
+    def submissions(self) -> list[Submission]:
+        """All that the engine gets, in order."""
+        return [one for request in self.requests for one in request.submissions]
+
+    def deltas(self) -> Generator[RequestDelta, None, None]:
         """Run all and yield pieces of output; closed early, cancel what still runs."""
         for index, completion, delta in self._run():
             yield RequestDelta(
@@ -138,6 +143,8 @@ class Call:
         finally:
             for request_id in open_ids:
                 self._engine.cancel(request_id)
+            for _, submission in waiting:
+                submission.abandon()
 
     @property
     def _outbox(self) -> Outbox:
@@ -147,6 +154,7 @@ class Call:
         """Hand one to the engine unless its request was cancelled; return whether."""
         with self._lock:
             if self.requests[index].request_id in self._cancelled:
+                submission.abandon()
                 return False
             self._engine.submit(submission)
             return True
@@ -163,6 +171,27 @@ def _completion_output(index: int, whole: Delta) -> CompletionOutput:
         error=whole.error,
         timing=whole.timing,
     )
+
+
+class RequestStream(Iterator[RequestDelta]):
+    """Pieces of the outputs of one call, as they come."""
+
+    def __init__(
+        self,
+        deltas: Generator[RequestDelta, None, None],
+        submissions: Sequence[Submission],
+    ) -> None:
+        self._deltas = deltas
+        self._submissions = submissions
+
+    def __next__(self) -> RequestDelta:
+        return next(self._deltas)
+
+    def close(self) -> None:
+        """Cancel what is left, also what never started; a second call does nothing."""
+        self._deltas.close()
+        for submission in self._submissions:
+            submission.abandon()
 
 
 def as_prompt_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

@@ -8,6 +8,7 @@ from contextlib import closing
 from jchameleon.runtime.policy.events import (
     AdapterPinned,
     AdapterRegistered,
+    AdapterUnregistered,
     Arrival,
     Cancel,
     LoadDone,
@@ -45,7 +46,8 @@ class LooseEngine:
         self.rng = random.Random(seed)
         self.now_s = 1000 * self.rng.random()
         sizes = enumerate((2, 3, 1, 5, 8, 12, 16))
-        self.adapters = {f"adapter-{i}": num_pages for i, num_pages in sizes}
+        self.sizes = {f"adapter-{i}": num_pages for i, num_pages in sizes}
+        self.adapters = dict(self.sizes)  # those registered
         self.events = [
             AdapterRegistered(uid, 2**i, num_pages)
             for i, (uid, num_pages) in enumerate(self.adapters.items())
@@ -53,6 +55,7 @@ class LooseEngine:
         self.count = 0
         self.lengths = {}
         self.left = {}  # tokens that each live request has yet to produce
+        self.names = {}  # the adapter that each live request names
         self.prompts = {}  # prompt tokens, with those produced before it was squashed
         self.loading = []
 
@@ -78,7 +81,18 @@ class LooseEngine:
         )
         self.left[request.request_id] = rng.choice([limit, rng.randint(1, limit)])
         self.prompts[request.request_id] = prompt
+        self.names[request.request_id] = uid
         self.events.append(Arrival(request))
+
+    def come_or_go(self, uid):
+        """Unregister an adapter unless a live request names it, or register it."""
+        if uid not in self.adapters:
+            self.adapters[uid] = self.sizes[uid]
+            rank = 2 ** list(self.sizes).index(uid)
+            self.events.append(AdapterRegistered(uid, rank, self.sizes[uid]))
+        elif uid not in [self.names[name] for name in self.left]:
+            del self.adapters[uid]
+            self.events.append(AdapterUnregistered(uid))
 
     def tick(self):
         """Return (now_s, events, plan) of one iteration, and run it."""
@@ -95,8 +109,11 @@ class LooseEngine:
             del self.left[gone]
             self.events.append(Cancel(gone))
         if rng.random() < 0.02:
-            uid = rng.choice(list(self.adapters)[:2])
-            self.events.append(AdapterPinned(uid, rng.random() < 0.5))
+            uid = rng.choice(list(self.sizes)[:2])
+            if uid in self.adapters:
+                self.events.append(AdapterPinned(uid, rng.random() < 0.5))
+        if rng.random() < 0.05:
+            self.come_or_go(rng.choice(list(self.sizes)))
         events, self.events = tuple(self.events), []
         plan = self.planner.plan(self.now_s, events)
         self.run(plan)

@@ -4,6 +4,7 @@ from jchameleon.runtime.policy.admission import Fifo
 from jchameleon.runtime.policy.events import (
     AdapterPinned,
     AdapterRegistered,
+    AdapterUnregistered,
     Arrival,
     Cancel,
     LoadDone,
@@ -75,9 +76,25 @@ class Driver:
         self.to_prefill = {}
         self.squashes = {}
         self.pinned = set()
+        self.leaving = set()
 
     def register(self, uid, num_pages, rank=8):
         self.events.append(AdapterRegistered(uid, rank, num_pages))
+        self.leaving.discard(uid)
+
+    def unregister(self, uid):
+        """Forget an adapter that no open request names."""
+        self.events.append(AdapterUnregistered(uid))
+        self.pinned.discard(uid)
+        self.leaving.add(uid)
+
+    def is_named(self, uid):
+        """Whether an open request names the adapter."""
+        return any(
+            request.adapter_uid == uid
+            for request_id, request in self.requests.items()
+            if request_id not in self.outcome
+        )
 
     def arrive(self, request, length=None):
         self.events.append(Arrival(request))
@@ -138,6 +155,12 @@ class Driver:
             users = [r for r in self.users(uid) if r not in plan.admitted]
             assert not users, f"{uid} was evicted under {users}"
             del self.resident[uid]
+        for uid in plan.forgotten:
+            self.leaving.remove(uid)
+            assert uid not in self.resident and uid not in self.loading
+            assert not self.planner.knows(uid)
+        # Only a copy that is still under way keeps one that was unregistered.
+        assert self.leaving <= self.loading.keys()
         assert tuple(r for r, _ in plan.kv_pages) == plan.admitted
         for request_id, pages in plan.kv_pages:
             assert request_id not in self.outcome, "admitted after its end"

@@ -1,5 +1,6 @@
 """Names and cards of adapters: what a name leads to, and what a registration costs."""
 
+import gc
 import tracemalloc
 
 import numpy as np
@@ -110,3 +111,100 @@ def test_ten_thousand_adapters_cost_memory_for_cards_only():
     weights_bytes = 10_000 * largest.num_bytes
     assert weights_bytes > 35 << 20, "weights would be noticed"
     assert after_bytes - before_bytes < 20 << 20
+
+
+def test_name_taken_over_drains_what_it_stood_for(registry):
+    old, new = build(1), build(2)
+    registry.add("a", old)
+    lease = registry.lease("a", "r")
+    with registry.holding(new):
+        registry.bind("a", new.uid)
+    assert registry.resolve("a") == new.uid and lease.uid == old.uid
+    assert registry.card(old.uid).uid == old.uid
+    [drains] = registry.draining("a")
+    assert (drains.uid, drains.draining) == (old.uid, True)
+    lease.release()
+    assert registry.draining("a") == []
+    for forgotten in (registry.card, registry.get):
+        with pytest.raises(KeyError):
+            forgotten(old.uid)
+
+
+def test_content_is_kept_while_a_name_a_lease_or_a_registration_claims_it(registry):
+    adapter = build(1)
+    with registry.holding(adapter):
+        registry.bind("a", adapter.uid)
+    registry.add("b", adapter)
+    lease = registry.lease("a", "r")
+    registry.unbind("a")
+    registry.unbind("b")
+    with registry.holding(adapter):
+        lease.release()
+        assert registry.get(adapter.uid) is adapter
+    with pytest.raises(KeyError):
+        registry.get(adapter.uid)
+
+
+def test_lease_is_released_once_however_often_it_is_said(registry):
+    registry.add("a", build(1))
+    first, second = (registry.lease("a", name) for name in ("first", "second"))
+    first.submit()
+    first.abandon()
+    assert len(registry.binding("a").requests) == 2, "the engine has it"
+    for _ in range(3):
+        first.release()
+        second.abandon()
+    assert registry.binding("a").requests == {}
+    registry.lease("a", "dropped")
+    gc.collect()
+    assert registry.binding("a").requests == {}
+
+
+def test_failed_registration_leaves_nothing(registry):
+    with pytest.raises(RuntimeError, match="no room"), registry.holding(build(1)):
+        raise RuntimeError("no room")
+    with pytest.raises(KeyError):
+        registry.get(build(1).uid)
+    assert registry.bindings() == []
+
+
+def test_engine_that_gives_up_late_does_not_take_what_came_back(registry):
+    retired = []
+    registry.connect(retired.append, lambda action: action())
+    adapter = build(1)
+    registry.add("a", adapter)
+    registry.unbind("a")
+    assert retired == [adapter.uid]
+    assert [b.name for b, _ in registry.bindings()] == ["a"], "it is still leaving"
+    registry.add("b", adapter)
+    assert registry.draining("a") == []
+    registry.forgotten(adapter.uid)
+    assert registry.get(adapter.uid) is adapter
+    registry.unbind("b")
+    registry.forgotten(adapter.uid)
+    registry.forgotten(adapter.uid)
+    assert registry.bindings() == []
+    with pytest.raises(KeyError):
+        registry.get(adapter.uid)
+
+
+def test_registrations_without_end_leave_memory_as_it_was(registry):
+    def cycle(count, start):
+        for number in range(start, start + count):
+            adapter = build(number, rank=1, source=f"/v{number}")
+            with registry.holding(adapter):
+                registry.bind("a", adapter.uid)
+            registry.lease("a", f"r{number}").release()
+        registry.unbind("a")
+
+    tracemalloc.start()
+    try:
+        cycle(500, 0)
+        before_bytes, _ = tracemalloc.get_traced_memory()
+        cycle(2_000, 500)
+        after_bytes, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert after_bytes - before_bytes < 2_000 * 4
+    assert not (registry._live or registry._draining or registry._contents)
+    assert not (registry._host._paths or registry._host._kept)

@@ -241,7 +241,7 @@ def test_failed_load_fails_only_its_own_requests(llm):
         for key, pair in good.modules.items()
     }
     broken = HostAdapter.build(modules, source="broken")
-    llm._engine.register_adapter(broken)
+    llm._engine.adapters.register(broken.card)
     llm._registry.add("broken", broken)
     batch = asks(6, seed=8)
     expected = run(llm, batch)
@@ -270,7 +270,7 @@ def test_overflowing_adapter_fails_its_row_and_no_other(llm, tmp_path):
         for key, pair in adapter.modules.items()
     }
     adapter = HostAdapter.build(modules, source="huge")
-    llm._engine.register_adapter(adapter)
+    llm._engine.adapters.register(adapter.card)
     llm._registry.add("huge", adapter)
     batch = asks(3, seed=10)
     expected = run(llm, batch)
@@ -366,7 +366,9 @@ def test_load_given_up_before_it_starts_leaves_nothing_behind(adapter_dirs):
         next(stream)
         stream.close()
         assert_books_are_empty(llm)
-        while llm.stats().loads > sum(i.resident for i in llm.list_adapters()):
+        while llm.stats().loads > sum(
+            info.tier == "device" for info in llm.list_adapters()
+        ):
             time.sleep(0.01)
         assert llm._engine._loads.waiters == 0, "nobody waits any more"
 

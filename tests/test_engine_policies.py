@@ -228,7 +228,7 @@ def test_pinned_adapter_is_loaded_and_stays_while_others_come_and_go(adapter_dir
         asked = requests_of(20, seed=3)
         run(llm, asked)
         (pinned,) = [info for info in llm.list_adapters() if info.pinned]
-        assert pinned.name == "a2" and pinned.resident
+        assert pinned.name == "a2" and pinned.tier == "device"
         assert pinned.evictions == 0 and pinned.loads == 1
         assert llm.stats().evictions > 0
         llm.unpin_adapter("a2")
@@ -281,7 +281,7 @@ def test_unknown_uids_are_refused_at_the_door(adapter_dirs):
     with LLM("tiny", adapters=adapter_dirs, **SMALL) as llm:
         for pinned in (True, False):
             with pytest.raises(UnknownAdapterError, match="uid 'nope'"):
-                llm.engine.pin_adapter("nope", pinned=pinned)
+                llm.engine.adapters.pin("nope", pinned=pinned)
         with pytest.raises(UnknownAdapterError, match="uid 'nope'"):
             llm.engine.prepare(
                 "r", [1], SamplingParams(), adapter_uid="nope", outbox=Outbox()
@@ -326,7 +326,7 @@ def test_closed_engine_registers_nothing_more(adapter_dirs):
     llm = LLM("tiny", adapters=dirs, **SMALL)
     llm.close()
     with pytest.raises(EngineDeadError):
-        llm.add_adapter("a0", late)
+        llm.register_adapter("a0", late)
     with pytest.raises(UnknownAdapterError, match="unknown adapter 'a0'"):
         llm._registry.resolve("a0")
 

@@ -14,7 +14,7 @@ from jchameleon.errors import AdapterError
 from jchameleon.llm import LLM
 from jchameleon.lora.adapter import HostAdapter
 from jchameleon.lora.layout import ChunkLayout
-from jchameleon.runtime.host_store import HostStats, HostStore
+from jchameleon.runtime.host_store import MOST_PATHS, HostStats, HostStore
 from jchameleon.sampling import SamplingParams
 
 LAYOUT = ChunkLayout(MODEL, ("q", "k", "v", "o"), 2 * MODEL.kv_dim * 16)
@@ -240,6 +240,48 @@ def test_slow_read_holds_up_nobody_else(tmp_path):
     assert [answer.uid for answer in late] == [slow.uid]
 
 
+def test_forgotten_adapter_gives_up_memory_and_paths():
+    store = HostStore(read_adapter, budget_bytes=8)
+    for name in "ad":
+        store.put(sized(name, SIZES[name]), f"/{name}")
+    store.forget("a")
+    store.forget("a")
+    store.forget("never put")
+    assert (store.stats().host_bytes, store.stats().host_adapters) == (SIZES["d"], 1)
+    assert store.stats().drops == 0
+    with pytest.raises(KeyError):
+        store.get("a")
+
+
+def test_adapter_forgotten_while_it_is_read_is_not_kept(tmp_path):
+    slow = read_adapter(write(tmp_path / "slow", seed=0))
+    store = HostStore(read_adapter, budget_bytes=slow.num_bytes)
+    store.put(slow, tmp_path / "slow")
+    store.put(sized("other", slow.num_bytes), "/other")  # drops it
+    close_gate(tmp_path / "slow")
+    threads, answers = get_in_threads(store, slow.uid, 1)
+    while store.stats().disk_reads == 0:
+        threads[0].join(0.001)
+    store.forget(slow.uid)
+    open_gate(tmp_path / "slow")
+    join(threads)
+    assert [answer.uid for answer in answers] == [slow.uid]
+    assert not store.holds(slow.uid)
+
+
+def test_only_the_latest_paths_of_a_content_are_known(tmp_path):
+    adapter = read_adapter(write(tmp_path / "a", seed=0))
+    read = []
+    store = HostStore(
+        lambda path: read.append(path) or read_adapter(path), budget_bytes=0
+    )
+    for number in range(MOST_PATHS + 5):
+        store.put(adapter, tmp_path / str(number))
+    with pytest.raises(AdapterError):
+        store.get(adapter.uid)
+    assert read == [str(tmp_path / str(n)) for n in range(5, MOST_PATHS + 5)]
+
+
 # Through the engine.
 
 
@@ -273,7 +315,7 @@ def test_tokens_from_disk_and_from_memory_are_the_same(adapter_dirs):
             stats = llm.stats()
             assert stats.loads >= 4
             assert stats.evictions > 0
-            held = [info.in_host_memory for info in llm.list_adapters()]
+            held = [info.host_bytes > 0 for info in llm.list_adapters()]
             if host_cache_bytes == 1:
                 assert held == [False] * 4
                 assert (stats.host_bytes, stats.host_adapters) == (0, 0)

@@ -33,6 +33,7 @@ PARTS = (
     "serving",
     "outputs",
     "requests",
+    "lifecycle",
     "llm",
     "cli",
     "__init__",
@@ -42,7 +43,7 @@ PARTS = (
 # What each part may import besides itself: parts, or single modules of them. Every part
 # may also import LEAVES.
 LEAVES = {"errors", "resources"}
-FRONT_DOORS = {"llm", "cli", "__init__", "__main__"}
+FRONT_DOORS = {"lifecycle", "llm", "cli", "__init__", "__main__"}
 MAY_IMPORT = {
     "errors": set(),
     "resources": set(),
@@ -59,7 +60,8 @@ MAY_IMPORT = {
     "serving": {"config", "sampling", "runtime"},
     "outputs": {"runtime.outbox", "runtime.policy"},
     "requests": {"outputs", "runtime"},
-    "llm": set(PARTS) - FRONT_DOORS,
+    "lifecycle": set(PARTS) - FRONT_DOORS,
+    "llm": set(PARTS) - FRONT_DOORS | {"lifecycle"},
     "cli": set(PARTS) - {"__main__"},
     "__init__": set(PARTS) - {"cli", "__main__"},
     "__main__": {"cli"},

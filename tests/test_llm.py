@@ -339,17 +339,17 @@ def test_adapters_are_added_while_running_and_names_are_kept(
     )
     stream = llm.stream("abc", adapters="first", sampling=GREEDY)
     next(stream)
-    info = llm.add_adapter("second", tmp_path / "second")
-    assert (info.rank, info.targets, info.resident) == (16, ("q", "v"), False)
-    assert llm.add_adapter("second", tmp_path / "second").uid == info.uid
-    known = len(llm._engine._adapters)
+    info = llm.register_adapter("second", tmp_path / "second")
+    assert (info.rank, info.targets, info.tier) == (16, ("q", "v"), "host")
+    assert llm.register_adapter("second", tmp_path / "second").uid == info.uid
+    known = len(llm._engine.adapters)
     write_random_adapter(
         tmp_path / "third", TINY, rank=8, targets=("q",), seed=5, dtype="float32"
     )
     with pytest.raises(AdapterConflictError, match="'second' is taken by content"):
-        llm.add_adapter("second", tmp_path / "third")
-    assert len(llm._engine._adapters) == known, "what was refused is not kept"
-    llm.add_adapter("alias", adapter_dir)  # the same content under two names
+        llm.register_adapter("second", tmp_path / "third")
+    assert len(llm._engine.adapters) == known, "what was refused is not kept"
+    llm.register_adapter("alias", adapter_dir)  # the same content under two names
     list(stream)
     outputs = llm.generate(
         ["abc"] * 3, adapters=["first", "second", "alias"], sampling=GREEDY
@@ -357,7 +357,7 @@ def test_adapters_are_added_while_running_and_names_are_kept(
     assert outputs[0].token_ids == outputs[2].token_ids
     assert outputs[0].token_ids != outputs[1].token_ids
     infos = {i.name: i for i in llm.list_adapters()}
-    assert infos["second"].resident
+    assert infos["second"].tier == "device"
     assert infos["alias"].uid == infos["first"].uid
     assert infos["second"].misses == 1
 
@@ -367,7 +367,7 @@ def test_adapter_beyond_the_targets_is_refused(llm, tmp_path):
         tmp_path / "mlp", TINY, rank=4, targets=("q", "up"), seed=3, dtype="float32"
     )
     with pytest.raises(AdapterError, match="up"):
-        llm.add_adapter("mlp", tmp_path / "mlp")
+        llm.register_adapter("mlp", tmp_path / "mlp")
     with pytest.raises(UnknownAdapterError):
         llm.generate("a", adapters="mlp")
 

@@ -51,11 +51,11 @@ PLANS = st.from_type(Plan)
 
 HEADER = {
     "format": "jchameleon-plan-log",
-    "version": 1,
+    "version": 2,
     "planner": dataclasses.asdict(CONFIG),
     "policy": {"source": "by hand", **FIFO},
 }
-# Version 1 as it is on disk: a change that cannot read this needs another version.
+# Version 2 as it is on disk: a change that cannot read this needs another version.
 BY_HAND = [
     '[0.1,[{"is":"AdapterRegistered","uid":"a","rank":8,"num_pages":3},'
     '{"is":"Arrival","request":{"is":"Request","request_id":"r","prompt_tokens":5,'
@@ -259,8 +259,8 @@ def test_file_that_is_no_log_is_refused(content, message, tmp_path):
 @pytest.mark.parametrize(
     ("header", "message"),
     [
-        (changed(version=2), "line 1: version=2 must be 1"),
-        (changed(version=None), "line 1: version=None must be 1"),
+        (changed(version=1), "line 1: version=1 must be 2"),
+        (changed(version=None), "line 1: version=None must be 2"),
         (changed(planner=None), "line 1: planner must be an object"),
         (changed(policy="fifo"), "line 1: policy must be an object"),
         (changed(planner={"num_page": 9}), "'num_page'.*did you mean 'num_pages'"),
@@ -422,7 +422,7 @@ def test_difference_names_the_part_that_differs(old, new, message, tmp_path):
 def test_own_policy_that_reports_no_number_is_replayed(tmp_path):
     policy = {**FIFO, "admission": {"name": "plan_traffic:Sizeless"}}
     record(tmp_path / "log", policy, seed=7)
-    assert '"lanes":[["r1",0,NaN]' in "".join(lines_of(tmp_path / "log"))
+    assert '"lanes":[["r2",0,NaN]' in "".join(lines_of(tmp_path / "log"))
     assert replay(tmp_path / "log").first_difference is None
 
 

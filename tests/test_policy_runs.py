@@ -23,6 +23,8 @@ from jchameleon.runtime.policy.request import Request
 
 # uid -> pages; together far more than the pool's 48.
 ADAPTERS = {"a": 4, "b": 8, "c": 16, "d": 24, "bad": 8}
+LATER = {"e": 4, "f": 12}
+SIZES = ADAPTERS | LATER
 MOST_TOKENS = 16 * 20
 MAX_OVERTAKEN = 12
 
@@ -53,7 +55,7 @@ def driver_of(preset):
         max_squashes=policy.max_squashes,
     )
     driver = Driver(Planner(config, **build_policies(policy)))
-    driver.load_steps = lambda uid: ADAPTERS[uid] // 4
+    driver.load_steps = lambda uid: SIZES[uid] // 4
     driver.fails = lambda uid: uid == "bad"
     for uid, pages in ADAPTERS.items():
         driver.register(uid, pages, rank=2 * pages)
@@ -73,15 +75,17 @@ class Run(RuleBasedStateMachine):
         self.names = 0
         self.order = []
         self.overtaken = {}
+        self.registered = set(ADAPTERS)
 
     @rule(
         prompt_tokens=st.integers(1, 150),
         max_tokens=st.integers(1, 150),
-        uid=st.sampled_from([None, *ADAPTERS]),
+        uid=st.sampled_from([None, *SIZES]),
         share=st.floats(0.01, 1),
         count=st.integers(1, 4),
     )
     def arrive(self, prompt_tokens, max_tokens, uid, share, count):
+        uid = uid if uid in self.registered else None
         for _ in range(count):
             request = Request(
                 request_id=f"r{self.names}",
@@ -101,6 +105,16 @@ class Run(RuleBasedStateMachine):
     def cancel(self, data):
         self.driver.cancel(data.draw(st.sampled_from(self.order)))
 
+    @rule(uid=st.sampled_from(sorted(SIZES)))
+    def come_or_go(self, uid):
+        """Register an adapter, or unregister it unless an open request names it."""
+        if uid not in self.registered:
+            self.registered.add(uid)
+            self.driver.register(uid, SIZES[uid], rank=2 * SIZES[uid])
+        elif not self.driver.is_named(uid):
+            self.registered.discard(uid)
+            self.driver.unregister(uid)
+
     @rule(count=st.integers(1, 8))
     def steps(self, count):
         for _ in range(count):
@@ -108,6 +122,9 @@ class Run(RuleBasedStateMachine):
 
     @rule(uid=st.sampled_from(["a", "b"]), pinned=st.booleans())
     def pin(self, uid, pinned):
+        self.tick()
+        if uid not in self.registered:
+            return
         if not pinned or self.driver.planner.why_not_pin(uid, {}) is None:
             # Arrivals that the planner has not seen yet might not fit beside it.
             self.tick()

@@ -120,7 +120,7 @@ class Ours:
             seed=self._settings.seed + 10_000 * self._num_cold,
         )
         for name, path in paths.items():
-            self._llm.add_adapter(name, path)
+            self._llm.register_adapter(name, path)
         return list(paths)
 
 

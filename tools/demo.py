@@ -165,7 +165,7 @@ def print_table(
         rate = tokens / max(reply.total_s for reply in groups[1])
         facts = ["-"] * 4
         if info := infos.get(name):
-            pool = f"{info.device_bytes / 2**20:.1f} MiB"
+            pool = f"{info.size_bytes / 2**20:.1f} MiB"
             facts = [str(info.rank), str(info.hits), str(info.misses), pool]
         replies = sum(map(len, groups))
         print(row.format(name, facts[0], replies, *ttfts, f"{rate:.1f}", *facts[1:]))

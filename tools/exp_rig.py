@@ -241,7 +241,7 @@ class Rig:
         )
         try:
             for card in self._cards:
-                engine.register_adapter(card)
+                engine.adapters.register(card)
             yield Session(engine, planner, self._uids)
         finally:
             engine.close()

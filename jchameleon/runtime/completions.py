@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from jchameleon.runtime.engine import Engine
+from jchameleon.runtime.leases import AdapterLease
 from jchameleon.runtime.outbox import Outbox
 from jchameleon.runtime.submission import Submission
 from jchameleon.sampling import SamplingParams
@@ -22,10 +23,12 @@ def prepare_completions(
     *,
     adapter_uid: str | None,
     outbox: Outbox,
+    lease: AdapterLease | None = None,
 ) -> tuple[Submission, ...]:
     """Validate a request and return a submission for each of its `n` completions.
 
-    The first draws what it would draw alone, and it alone scores the prompt.
+    The first draws what it would draw alone, and it alone scores the prompt. Each has a
+    claim of its own to the adapter, the first has `lease`.
 
     Raises:
       JChameleonError: as `Engine.prepare`.
@@ -36,14 +39,19 @@ def prepare_completions(
         dataclasses.replace(sampling, n=1),
         adapter_uid=adapter_uid,
         outbox=outbox,
+        lease=lease,
     )
     others = dataclasses.replace(first.sampling, prompt_logprobs=None)
-    return first, *(
-        dataclasses.replace(
-            first,
-            request_id=completion_id(request_id, index),
-            sampling=others,
-            completion=index,
+    submissions = [first]
+    for index in range(1, sampling.n):
+        own_id = completion_id(request_id, index)
+        submissions.append(
+            dataclasses.replace(
+                first,
+                request_id=own_id,
+                sampling=others,
+                completion=index,
+                lease=None if lease is None else lease.another(own_id),
+            )
         )
-        for index in range(1, sampling.n)
-    )
+    return tuple(submissions)

@@ -26,21 +26,21 @@ from jchameleon.errors import (
     EngineDeadError,
     InvalidRequestError,
     QueueFullError,
-    UnknownAdapterError,
 )
-from jchameleon.lora.adapter import AdapterCard, HostAdapter
+from jchameleon.lora.adapter import HostAdapter
 from jchameleon.models.tokenizer import Tokenizer
-from jchameleon.runtime.adapters import check_fits
 from jchameleon.runtime.deadlines import Deadlines
 from jchameleon.runtime.drawing import DrawnToken
+from jchameleon.runtime.engine_adapters import AdapterListener, EngineAdapters
 from jchameleon.runtime.engine_log import EngineLog
 from jchameleon.runtime.executor import Executor
+from jchameleon.runtime.leases import AdapterLease
 from jchameleon.runtime.live import LiveRequest
 from jchameleon.runtime.loads import AdapterLoads
 from jchameleon.runtime.outbox import FinishReason, Outbox
 from jchameleon.runtime.policy.events import (
-    AdapterPinned,
     AdapterRegistered,
+    AdapterUnregistered,
     Arrival,
     Cancel,
     Event,
@@ -49,7 +49,6 @@ from jchameleon.runtime.policy.events import (
 from jchameleon.runtime.policy.log import PlanLogWriter
 from jchameleon.runtime.policy.plan import Books, Plan
 from jchameleon.runtime.policy.planner import Planner
-from jchameleon.runtime.policy.residency import AdapterStats
 from jchameleon.runtime.question import Question
 from jchameleon.runtime.records import StepRecord
 from jchameleon.runtime.sampler import INVALID_TOKEN
@@ -76,7 +75,9 @@ RECORDED_STEPS = 4096
 
 
 class Engine:
-    """Runs requests until closed. All public methods may be called from any thread."""
+    """Runs requests until closed. All public methods may be called from any thread,
+    and so may those of `adapters`.
+    """
 
     def __init__(
         self,
@@ -86,6 +87,7 @@ class Engine:
         *,
         log: PlanLogWriter | None,
         fetch: Callable[[str], HostAdapter],
+        listener: AdapterListener | None,
         tokenizer: Tokenizer | None,
         eos_token_ids: frozenset[int],
     ):
@@ -93,7 +95,7 @@ class Engine:
 
         `log` takes every event and plan, and is closed with the engine. `fetch` returns
         a registered adapter's weights, from disk if need be; the threads that load
-        call it.
+        call it. `listener` hears when nothing is left of an adapter.
         """
         self.max_model_len = executor.max_model_len
         self._executor = executor
@@ -114,14 +116,20 @@ class Engine:
             link=emulated_link(config),
         )
         self._loads = AdapterLoads(loader, executor)
-        self._adapters: dict[str, AdapterCard] = {}
+        self.adapters = EngineAdapters(
+            executor.layout,
+            planner,
+            send=self._inbox.put,
+            ask=self.on_engine_thread,
+            check_alive=self.check_alive,
+            listener=listener,
+        )
         self._live: dict[str, LiveRequest] = {}
         self._deadlines = Deadlines(self._live)
         self._records: collections.deque[StepRecord] = collections.deque(
             maxlen=RECORDED_STEPS
         )
         self._questions: collections.deque[Question] = collections.deque()
-        self._next_events: list[AdapterPinned] = []
         self._ids_lock = threading.Lock()
         self._open_ids: set[str] = set()
         self._closing = False
@@ -133,19 +141,6 @@ class Engine:
 
     # Any thread.
 
-    def register_adapter(self, adapter: AdapterCard) -> None:
-        """Make an adapter known; requests may name its uid from now on.
-
-        Raises:
-          AdapterError: it touches projections outside the engine's lora_targets.
-          CapacityError: it can never fit in the pool.
-          EngineDeadError: the engine has stopped.
-        """
-        self._check_alive()
-        pages = check_fits(adapter, self._executor.layout, self._planner)
-        self._adapters.setdefault(adapter.uid, adapter)
-        self._inbox.put(AdapterRegistered(adapter.uid, adapter.rank, pages))
-
     def prepare(
         self,
         request_id: str,
@@ -154,10 +149,12 @@ class Engine:
         *,
         adapter_uid: str | None,
         outbox: Outbox,
+        lease: AdapterLease | None = None,
     ) -> Submission:
         """Validate a request; `submit` takes the result.
 
         For more than one completion see `jchameleon.runtime.completions`.
+        `lease` is a claim to `adapter_uid`; once submitted, it ends with the request.
 
         Raises:
           InvalidRequestError: id, prompt or sampling is outside the engine's limits.
@@ -176,9 +173,7 @@ class Engine:
         )
         pages, pinned = 0, False
         if adapter_uid is not None:
-            self._check_registered(adapter_uid)
-            rank = self._adapters[adapter_uid].rank
-            pages = self._executor.layout.num_pages(rank)
+            pages = self.adapters.pages(adapter_uid)
             pinned = self._planner.is_pinned(adapter_uid)
         reason = self._planner.can_ever_fit(
             len(tokens), sampling.max_tokens, pages, pinned=pinned
@@ -192,6 +187,7 @@ class Engine:
             adapter_uid=adapter_uid,
             arrival_s=time.monotonic(),
             outbox=outbox,
+            lease=lease,
         )
 
     def submit(self, submission: Submission) -> None:
@@ -204,7 +200,7 @@ class Engine:
         """
         request_id = submission.request_id
         with self._ids_lock:
-            self._check_alive()
+            self.check_alive()
             if request_id in self._open_ids:
                 raise InvalidRequestError(f"request_id={request_id!r} is in flight")
             limit = self._config.max_waiting + self._config.max_running
@@ -214,6 +210,8 @@ class Engine:
                     f"{self._config.max_waiting} allows no more"
                 )
             self._open_ids.add(request_id)
+            if submission.lease is not None:
+                submission.lease.submit()
             # Inside the lock: after it a dying engine answers all open requests.
             self._inbox.put(dataclasses.replace(submission, arrival_s=time.monotonic()))
 
@@ -226,40 +224,28 @@ class Engine:
         check_request_id(request_id)
         self._inbox.put(Cancel(request_id))
 
-    def pin_adapter(self, uid: str, *, pinned: bool) -> None:
-        """Keep a registered adapter on the device from now on, or no longer.
-
-        Raises:
-          UnknownAdapterError: no such adapter is registered.
-          CapacityError: an accepted request could not run beside it any more.
-        """
-        self._check_registered(uid)
-
-        def decide() -> None:
-            # Others may have been decided since the last plan.
-            pins = {e.uid: e.pinned for e in self._next_events}
-            reason = self._planner.why_not_pin(uid, pins) if pinned else None
-            if reason is not None:
-                raise CapacityError(f"adapter {uid[:12]} cannot be pinned: {reason}")
-            self._next_events.append(AdapterPinned(uid, pinned))
-
-        self._ask(decide)
-
     def books(self) -> Books:
         """Return the planner's totals."""
-        return self._ask(self._planner.books)
-
-    def adapter_stats(self, uids: Sequence[str]) -> list[AdapterStats]:
-        """Return the counters of registered adapters."""
-        return self._ask(lambda: [self._planner.adapter_stats(uid) for uid in uids])
+        return self.on_engine_thread(self._planner.books)
 
     def check(self) -> None:
         """Assert the planner's invariants on the engine thread (tests)."""
-        self._ask(self._planner.check)
+        self.on_engine_thread(self._planner.check)
 
     def on_engine_thread(self, action: Callable[[], Any]) -> Any:
-        """Run `action` between two iterations and return its result (tests, tools)."""
-        return self._ask(action)
+        """Run `action` between two iterations and return its result."""
+        if threading.current_thread() is self._thread:
+            return action()
+        question = Question(action)
+        with self._ids_lock:
+            self.check_alive()
+            self._inbox.put(question)
+        return question.wait()
+
+    def check_alive(self) -> None:
+        """Raise EngineDeadError when the engine has ended."""
+        if self._death is not None:
+            raise EngineDeadError(self._death)
 
     @property
     def step_records(self) -> list[StepRecord]:
@@ -299,8 +285,7 @@ class Engine:
         self._apply(plan, start_s)
         while self._questions:  # after the plan: the books are settled now
             self._questions.popleft().answer()
-        caused: list[Event] = [*self._next_events]
-        self._next_events = []
+        caused: list[Event] = [*self.adapters.take_pins()]
         if plan.prefill or plan.decode:
             caused.append(self._step(plan, start_s))
         return caused
@@ -331,17 +316,29 @@ class Engine:
             block = False
             match message:
                 case Submission():
-                    events.append(self._accept(message))
+                    events += self._accept(message)
                 case Cancel(request_id):
                     if request_id in self._live:
                         events.append(message)
-                        self._finish(request_id, "aborted")
+                        why = self._live[request_id].submission.revoked
+                        self._finish(request_id, "aborted", why)
+                case AdapterRegistered(uid) | AdapterUnregistered(uid):
+                    if not self.adapters.receive(message):
+                        events += self._abort_users(uid)
+                    events.append(message)
                 case Question():
                     self._questions.append(message)
                 case _:
-                    events.append(message)
+                    raise AssertionError(f"{message!r} in the inbox")
 
-    def _accept(self, submission: Submission) -> Event:
+    def _abort_users(self, uid: str) -> list[Event]:
+        """End what still names an adapter that nobody waited for to fall idle."""
+        users = [i for i, r in self._live.items() if r.submission.adapter_uid == uid]
+        for request_id in users:
+            self._finish(request_id, "aborted", "its adapter was unregistered")
+        return [Cancel(request_id) for request_id in users]
+
+    def _accept(self, submission: Submission) -> list[Event]:
         live = LiveRequest(
             submission,
             seed=submission.seed(self._random),
@@ -350,7 +347,13 @@ class Engine:
         )
         self._live[submission.request_id] = live
         self._deadlines.add(live)
-        return Arrival(submission.request())
+        uid, why = submission.adapter_uid, submission.revoked
+        if why is None and uid is not None and not self.adapters.has_received(uid):
+            why = "its adapter was unregistered"
+        if why is not None:
+            self._finish(submission.request_id, "aborted", why)
+            return []
+        return [Arrival(submission.request())]
 
     def _apply(self, plan: Plan, now_s: float) -> None:
         for request_id, why in plan.failed:
@@ -361,6 +364,7 @@ class Engine:
             live.squash(now_s)
         for evicted_uid in plan.evicted:
             self._executor.evict(evicted_uid)
+        self.adapters.note_forgotten(plan.forgotten)
         hits = set(plan.hits)
         for request_id, pages in plan.kv_pages:
             live, hit = self._live[request_id], request_id in hits
@@ -424,6 +428,7 @@ class Engine:
         delta = live.last_delta(reason, time.monotonic(), error=error, drawn=drawn)
         with self._ids_lock:
             self._open_ids.discard(request_id)
+        live.submission.release()
         live.submission.outbox.put(request_id, delta)
 
     def _end_all(self, reason: str, finish: FinishReason) -> None:
@@ -439,28 +444,12 @@ class Engine:
                 self._accept(message)
             elif isinstance(message, Question):
                 self._questions.append(message)
+            elif isinstance(message, AdapterRegistered | AdapterUnregistered):
+                self.adapters.receive(message)
         for request_id in list(self._live):
             self._finish(request_id, finish, reason)
         for question in self._questions:
             question.refuse(reason)
         self._loads.close()
         self._log.close()
-
-    # Helpers.
-
-    def _ask(self, action: Callable[[], Any]) -> Any:
-        if threading.current_thread() is self._thread:
-            return action()
-        question = Question(action)
-        with self._ids_lock:
-            self._check_alive()
-            self._inbox.put(question)
-        return question.wait()
-
-    def _check_registered(self, uid: str) -> None:
-        if uid not in self._adapters:
-            raise UnknownAdapterError(f"no adapter with uid {uid!r:.80} is registered")
-
-    def _check_alive(self) -> None:
-        if self._death is not None:
-            raise EngineDeadError(self._death)
+        self.adapters.end(reason)

@@ -15,6 +15,8 @@ from pathlib import Path
 from jchameleon.errors import AdapterError
 from jchameleon.lora.adapter import HostAdapter
 
+MOST_PATHS = 16
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class HostStats:
@@ -62,14 +64,14 @@ class HostStore:
     def put(self, adapter: HostAdapter, path: str | Path) -> None:
         """Make an adapter known, and keep it in memory unless it exceeds the budget.
 
-        `path` is where to read it again; of several for one uid, the first that works
-        is taken.
+        `path` is where to read it again; of the latest `MOST_PATHS` for one uid, the
+        first that works is taken.
         """
         place = os.path.abspath(path)  # it must outlive a change of directory
         with self._lock:
             known = self._paths.get(adapter.uid, ())
             if place not in known:
-                self._paths[adapter.uid] = (*known, place)
+                self._paths[adapter.uid] = (*known, place)[-MOST_PATHS:]
             self._keep(adapter)
 
     def get(self, uid: str) -> HostAdapter:
@@ -80,7 +82,7 @@ class HostStore:
 
         Raises:
           AdapterError: no path leads to this content any more; names paths and reasons.
-          KeyError: the uid was never put.
+          KeyError: the uid was never put, or forgotten.
         """
         with self._lock:
             adapter = self._kept.get(uid)
@@ -106,9 +108,18 @@ class HostStore:
             raise
         with self._lock:
             del self._reading[uid]
-            self._keep(adapter)
+            if uid in self._paths:  # not forgotten meanwhile
+                self._keep(adapter)
         own.set_result(adapter)
         return adapter
+
+    def forget(self, uid: str) -> None:
+        """Drop an adapter and the paths to it; one that was never put is ignored."""
+        with self._lock:
+            self._paths.pop(uid, None)
+            adapter = self._kept.pop(uid, None)
+            if adapter is not None:
+                self._kept_bytes -= adapter.num_bytes
 
     def holds(self, uid: str) -> bool:
         """Return whether an adapter is in memory; that is no use of it."""
@@ -155,6 +166,6 @@ class HostStore:
             reasons.append(
                 f"adapter {path!r} has content {adapter.uid[:12]}, registered was "
                 f"{uid[:12]}: files of a registered adapter must not change; register "
-                "new content under a new name"
+                "the new content under a new name or with replace=True"
             )
         raise AdapterError("; ".join(reasons))

@@ -25,6 +25,7 @@ from jchameleon.models.params import numpy_dtype
 from jchameleon.pallas.operations import keep_compiled, operations
 from jchameleon.runtime.adapters import check_fits
 from jchameleon.runtime.engine import Engine
+from jchameleon.runtime.engine_adapters import AdapterListener
 from jchameleon.runtime.executor import Executor
 from jchameleon.runtime.policy.limits import PlannerConfig
 from jchameleon.runtime.policy.log import PlanLogWriter
@@ -95,6 +96,7 @@ def start_engine(
     planner: Planner,
     log: PlanLogWriter | None,
     fetch: Callable[[str], HostAdapter],
+    listener: AdapterListener | None = None,
 ) -> Engine:
     """Return a running engine, which calls `fetch` for the weights of a uid."""
     eos = frozenset(loaded.config.eos_token_ids)
@@ -106,6 +108,7 @@ def start_engine(
         config,
         log=log,
         fetch=fetch,
+        listener=listener,
         tokenizer=loaded.tokenizer,
         eos_token_ids=eos,
     )

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from jchameleon.errors import InvalidRequestError
+from jchameleon.runtime.leases import AdapterLease
 from jchameleon.runtime.outbox import Outbox
 from jchameleon.runtime.policy.request import Request
 from jchameleon.sampling import SamplingParams, shown
@@ -18,6 +19,8 @@ class Submission:
     Attributes:
       prompt: i32[n] token ids.
       adapter_uid: content hash, or None for the base model.
+      lease: the claim to it that ends with the request; None where the caller sees to
+        it that the adapter stays registered.
       outbox: where its deltas go.
       completion: which of its prompt's completions this is; with a seed each draws
         tokens of its own.
@@ -30,6 +33,7 @@ class Submission:
     arrival_s: float
     outbox: Outbox
     completion: int = 0
+    lease: AdapterLease | None = None
 
     def seed(self, random: np.random.Generator) -> tuple[int, int]:
         """Return the key of its draws: the caller's seed, or one from `random`."""
@@ -38,6 +42,21 @@ class Submission:
         # A half of the key space that no caller's seed reaches.
         high, low = random.integers(0, 2**31, 2).tolist()
         return 2**31 + high, low
+
+    @property
+    def revoked(self) -> str | None:
+        """Why its adapter is not to be used any more, or None."""
+        return None if self.lease is None else self.lease.revoked
+
+    def abandon(self) -> None:
+        """Give up its claims unless the engine has it; any number of times."""
+        if self.lease is not None:
+            self.lease.abandon()
+
+    def release(self) -> None:
+        """Give up its claims: it has ended."""
+        if self.lease is not None:
+            self.lease.release()
 
     def request(self) -> Request:
         """Return what policies see of it."""

@@ -10,7 +10,7 @@ from jchameleon.runtime.policy.request import Request
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Capacity:
-    """What all requests share; changes only when adapters are registered or pinned.
+    """What all requests share; changes with the adapters registered and pinned.
 
     Attributes:
       pages: of the pool, without the reserved ones and without those of pinned
@@ -173,7 +173,7 @@ class AdmissionPolicy(Protocol):
     """Decides who starts, in which order.
 
     A policy may also have a method `lanes() -> Sequence[LaneStats]`, which the engine
-    reports.
+    reports, and a method `forget(uid: str)`, called when an adapter was unregistered.
     """
 
     def admit(self, view: AdmissionView) -> None:

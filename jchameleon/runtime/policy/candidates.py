@@ -22,13 +22,15 @@ class Adapter:
     """One registered adapter; only `Residency` writes to it.
 
     Attributes:
-      order: how many adapters were registered before it; breaks ties.
+      order: the least number that no adapter had when it was registered, counted from
+        0; breaks ties.
       refs: admitted requests that use it.
       queued: waiting requests that name it.
       last_used_s: when a request that used it last ended, or its last load if later.
       unused: no request has used it since it was loaded.
       broken: its last load failed; only a request tries again.
       declined: it was dropped though no page was needed, before anyone used it.
+      leaving: it was unregistered, and is forgotten once no copy of it is under way.
       row: its row among the eviction candidates, -1 when it is none.
       loads: copies started; failures: those of them that failed.
     """
@@ -45,6 +47,7 @@ class Adapter:
     unused: bool = False
     broken: bool = False
     declined: bool = False
+    leaving: bool = False
     row: int = -1
     hits: int = 0
     misses: int = 0
@@ -61,7 +64,7 @@ class Candidates:
 
     Attributes:
       adapters: the adapter of each row.
-      largest_order: the latest registration that has ever been a candidate.
+      largest_order: the largest order that has ever been a candidate's.
       total_pages: pages that evicting all of them would free.
       now_s: time of the current plan.
       load_line: (base_s, s_per_page) of a load, the estimate behind `load_s`.
@@ -85,7 +88,7 @@ class Candidates:
 
     @property
     def order(self) -> np.ndarray:
-        """Registration order, i64[n]."""
+        """Each adapter's number, i64[n]: of its registration, but see `Adapter`."""
         return _frozen(self._ints[0, : len(self.adapters)])
 
     @property

@@ -133,7 +133,7 @@ class Chameleon:
         capacity = view.capacity
         self._block_tokens = capacity.block_tokens
         self._max_running = capacity.max_running
-        self._traffic.largest.see(chunks=rank_chunks(capacity.max_rank))
+        self._traffic.largest.chunks = rank_chunks(capacity.max_rank)
         self._take_in(view)
         self._refresh(view, max(0, capacity.pages) * capacity.block_tokens)
         if not self._admit_overdue(view):

@@ -41,6 +41,18 @@ class AdapterRegistered:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class AdapterUnregistered:
+    """No request names an adapter any more, nor will one: forget it.
+
+    Legal only when none waits or runs for it. A resident copy is evicted, a pin ends; a
+    copy under way is dropped when it arrives. `Plan.forgotten` says when all is done;
+    registering the uid before that keeps it as it is.
+    """
+
+    uid: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class AdapterPinned:
     """From now on an adapter is kept on the device, or is evictable again.
 
@@ -76,5 +88,11 @@ class StepDone:
 
 
 Event: TypeAlias = (
-    Arrival | Cancel | AdapterRegistered | AdapterPinned | LoadDone | StepDone
+    Arrival
+    | Cancel
+    | AdapterRegistered
+    | AdapterUnregistered
+    | AdapterPinned
+    | LoadDone
+    | StepDone
 )

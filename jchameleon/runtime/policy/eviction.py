@@ -20,6 +20,8 @@ class EvictionPolicy(Protocol):
     * `evicted(order: int, score: float)`: the adapter is evicted; this was its score.
     * `expired(table: Candidates)`: return bool[n], the rows to evict now although
       nobody needs their pages. Asked once in a plan, and not about an empty table.
+    * `forget(order: int)`: the adapter was unregistered and is gone. Another one may
+      get its order from now on, and must find nothing there.
     """
 
     def score(self, table: Candidates) -> np.ndarray:
@@ -118,6 +120,12 @@ class Gdsf:
         self._clock = max(self._clock, score)
         self._uses[order] = 0
         self._clock_at_use[order] = -1
+
+    def forget(self, order: int) -> None:
+        """Forget the adapter's uses and its clock; the clock of all goes on."""
+        if order < self._uses.size:
+            self._uses[order] = 0
+            self._clock_at_use[order] = -1
 
     def score(self, table: Candidates) -> np.ndarray:
         """Return clock at last use + uses x reload seconds / pages, f64[n]."""

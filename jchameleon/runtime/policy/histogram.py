@@ -12,6 +12,8 @@ from jchameleon.config import is_number
 from jchameleon.errors import ConfigError
 from jchameleon.runtime.policy.prefetch import PrefetchView, Queued
 
+_FEW_WINDOWS = 64
+
 
 class IdleTimes:
     """A histogram of idle times, in whole bins."""
@@ -181,14 +183,31 @@ class Histogram:
                 self._end(request.adapter_uid, view.now_s)
         while self._agenda and self._agenda[0][0] <= view.now_s:
             _, period, closes, uid = heapq.heappop(self._agenda)
-            adapter = self._adapters[uid]
-            if adapter.period != period or adapter.in_flight:
+            adapter = self._adapters.get(uid)
+            if adapter is None or adapter.period != period or adapter.in_flight:
                 continue
             if closes:
                 self._close(uid, adapter)
             else:
                 bisect.insort(self._open, (adapter.expected_s, period, uid))
                 adapter.is_open = True
+
+    def forget(self, uid: str) -> None:
+        """Forget an adapter's idle times and its window."""
+        adapter = self._adapters.pop(uid, None)
+        if adapter is None:
+            return
+        assert not adapter.in_flight, f"adapter {uid} was unregistered in use"
+        self._close(uid, adapter)
+        # Its windows stay on the agenda until their time, or until those of the past
+        # are the majority: each adapter has two.
+        if len(self._agenda) > 4 * len(self._adapters) + _FEW_WINDOWS:
+            self._agenda = [
+                item
+                for item in self._agenda
+                if (known := self._adapters.get(item[3])) and known.period == item[1]
+            ]
+            heapq.heapify(self._agenda)
 
     def candidates(self, view: PrefetchView) -> Iterator[str]:
         """Yield adapters of waiting requests, then idle ones inside their windows."""

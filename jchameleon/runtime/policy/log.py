@@ -29,7 +29,7 @@ from jchameleon.runtime.policy.presets import PolicyConfig, load_policy
 from jchameleon.runtime.policy.request import Request
 
 FORMAT = "jchameleon-plan-log"
-VERSION = 1
+VERSION = 2
 
 FLUSH_S = 1.0
 """Iterations of the last second, by their own clock, may be lost when a process dies.

@@ -38,6 +38,7 @@ class Plan:
       squashed: (request id, reason) of running requests that lose their pages and wait
         again; what they produced stays. One of them may be among `admitted` again.
       evicted: uids whose pages are gone; one of them may be among `loads` again.
+      forgotten: uids that were unregistered and that nothing here knows any more.
       admitted: request ids that start to run, in admission order.
       hits: those of `admitted` whose adapter was resident.
       kv_pages: (request id, pages) for `admitted`, pages in token-block order.
@@ -53,6 +54,7 @@ class Plan:
     failed: tuple[tuple[str, str], ...] = ()
     squashed: tuple[tuple[str, str], ...] = ()
     evicted: tuple[str, ...] = ()
+    forgotten: tuple[str, ...] = ()
     admitted: tuple[str, ...] = ()
     hits: tuple[str, ...] = ()
     kv_pages: tuple[tuple[str, tuple[int, ...]], ...] = ()

@@ -14,6 +14,7 @@ from jchameleon.runtime.policy.estimator import Estimator
 from jchameleon.runtime.policy.events import (
     AdapterPinned,
     AdapterRegistered,
+    AdapterUnregistered,
     Arrival,
     Cancel,
     Event,
@@ -21,10 +22,12 @@ from jchameleon.runtime.policy.events import (
     StepDone,
 )
 from jchameleon.runtime.policy.eviction import EvictionPolicy
+from jchameleon.runtime.policy.forgetting import Forgetting
 from jchameleon.runtime.policy.growth import grow_rows
 from jchameleon.runtime.policy.invariants import check_planner
 from jchameleon.runtime.policy.limits import PlannerConfig
 from jchameleon.runtime.policy.line import PriorityLine
+from jchameleon.runtime.policy.pins import why_not_pin
 from jchameleon.runtime.policy.plan import Books, LaneStats, Load, Plan
 from jchameleon.runtime.policy.pool import PagePool
 from jchameleon.runtime.policy.predictor import LengthPredictor
@@ -57,6 +60,14 @@ class Planner:
         self._pool = PagePool(config.num_pages)
         self._residency = Residency(self._pool)
         self._space = Space(self._pool, self._residency, eviction)
+        self._forgetting = Forgetting(
+            {
+                "admission": admission,
+                "eviction": eviction,
+                "predictor": predictor,
+                "prefetch": prefetch,
+            }
+        )
         self._estimator = Estimator()
         self._waiting: PriorityLine[str, Row] = PriorityLine()
         self._running: dict[str, Row] = {}
@@ -75,13 +86,16 @@ class Planner:
 
         Raises:
           ValueError: an event that contradicts the state: a request id that waits or
-            runs already, an adapter never registered, a load that is not under way.
+            runs already, an adapter that is not registered, one to be unregistered that
+            requests name, a load that is not under way.
           PolicyError: a policy raised, or answered what its protocol rules out.
         """
         turn = Turn(self, now_s)
         self._residency.advance(now_s)
         for event in events:
             self._apply(event, turn)
+        for uid in self._residency.leaving:
+            turn.evicted += self._space.forget(uid)
         self._residency.candidates.load_line = self._estimator.load_line()
         turn.evicted += self._space.drop_expired()
         grow_rows(self, turn)
@@ -99,10 +113,15 @@ class Planner:
         self._laid_out_tokens = (sum(c.length for c in prefill), len(decode))
         for load in loads:
             self._space.note_load(load.uid, now_s)
+        # Last, for policies have heard by now of the last requests that named them.
+        forgotten = self._residency.forget_leaving()
+        for adapter in forgotten:
+            self._forgetting.forget(adapter)
         return Plan(
             failed=tuple(turn.failed),
             squashed=tuple(turn.squashed),
             evicted=tuple(turn.evicted),
+            forgotten=tuple(adapter.uid for adapter in forgotten),
             admitted=tuple(turn.admitted),
             hits=tuple(turn.hits),
             kv_pages=tuple(turn.kv_pages),
@@ -156,26 +175,7 @@ class Planner:
         Raises:
           ValueError: the adapter was never registered.
         """
-        pinned = {*self._residency.pinned_uids(), uid}
-        pinned |= {other for other, is_pinned in pins.items() if is_pinned}
-        pinned -= {other for other, is_pinned in pins.items() if not is_pinned} - {uid}
-        kept = sum(self._residency.get(other).num_pages for other in pinned)
-        needed = 1
-        for rows in (self._running.values(), self._waiting.values()):
-            for row in rows:
-                request = row.request
-                pages = self.config.kv_pages(request.prompt_tokens, request.max_tokens)
-                own = row.adapter
-                if own is not None and own.uid not in pinned:
-                    pages += own.num_pages
-                needed = max(needed, pages)
-        usable = self.config.usable_pages
-        if kept + needed <= usable:
-            return None
-        return (
-            f"pinned adapters would keep {kept} pages of the pool's {usable}, and a "
-            f"request needs {needed}: unpin others or enlarge pool_bytes"
-        )
+        return why_not_pin(self, uid, pins)
 
     def is_pinned(self, uid: str) -> bool:
         """Return whether an adapter is registered and pinned; any thread may ask."""
@@ -223,8 +223,12 @@ class Planner:
         return found
 
     def adapter_stats(self, uid: str) -> AdapterStats:
-        """Return one adapter's state and counters; ValueError when never registered."""
+        """Return one adapter's state and counters; ValueError where there is none."""
         return self._residency.stats(uid)
+
+    def knows(self, uid: str) -> bool:
+        """Return whether an adapter is registered, or not forgotten yet."""
+        return self._residency.knows(uid)
 
     def resident_pages(self, uid: str) -> tuple[int, ...] | None:
         """Return a resident adapter's pages in packed order, else None."""
@@ -253,6 +257,9 @@ class Planner:
                     turn.failed = [one for one in turn.failed if one[0] != request_id]
             case AdapterRegistered(uid, rank, num_pages):
                 self._residency.register(uid, rank, num_pages)
+            case AdapterUnregistered(uid):
+                self._residency.leave(uid)
+                self._space.want(uid, wanted=False)
             case AdapterPinned(uid, pinned):
                 self._residency.pin(uid, pinned=pinned)
                 self._space.want(uid, wanted=pinned)
@@ -265,7 +272,7 @@ class Planner:
         request_id, uid = request.request_id, request.adapter_uid
         if request_id in self._waiting or request_id in self._running:
             raise ValueError(f"request_id={request_id!r} waits or runs already")
-        adapter = None if uid is None else self._residency.get(uid)
+        adapter = None if uid is None else self._residency.registered(uid)
         reason = self.can_ever_fit(
             request.prompt_tokens,
             request.max_tokens,

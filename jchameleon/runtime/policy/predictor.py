@@ -13,7 +13,11 @@ from jchameleon.runtime.policy.request import Request
 
 
 class LengthPredictor(Protocol):
-    """Estimates output lengths and learns from requests that finished."""
+    """Estimates output lengths and learns from requests that finished.
+
+    A policy may also have a method `forget(uid: str)`: the adapter was unregistered,
+    and what is kept under its uid should go.
+    """
 
     def predict(self, request: Request) -> int:
         """Return the expected output, in tokens, 1 .. request.max_tokens."""
@@ -184,6 +188,10 @@ class Quantile:
             self._by_adapter[request.adapter_uid] = outputs
         outputs.add(produced_tokens)
         self._all.add(produced_tokens)
+
+    def forget(self, uid: str) -> None:
+        """Forget an adapter's outputs; they stay among those of all."""
+        self._by_adapter.pop(uid, None)
 
 
 def _checked_cuts(cuts: Sequence[int]) -> tuple[int, ...]:

@@ -45,10 +45,12 @@ class PrefetchPolicy(Protocol):
     A policy may also have a method `observe(view) -> None`, called once per iteration,
     before `candidates`, whether or not the link has room; and an attribute `timed =
     True` where time alone changes its answer: then an idle engine asks again and again.
+    A method `forget(uid: str)` is called when an adapter was unregistered, in the plan
+    of that after all others.
     """
 
     def candidates(self, view: PrefetchView) -> Iterable[str]:
-        """Yield uids of registered adapters.
+        """Yield uids of registered adapters; one that is not is passed over.
 
         The planner asks only while the link has room and nothing waits for it, and
         evicts nothing. It skips those on the device and those too large for the free

@@ -1,6 +1,8 @@
 """Which adapters are on the device, who uses them and which may be evicted."""
 
+import collections
 import dataclasses
+import heapq
 
 from jchameleon.runtime.policy.candidates import Adapter, Candidates, State
 from jchameleon.runtime.policy.pool import PagePool
@@ -34,6 +36,7 @@ class Residency:
     """The adapter table: states, references, counters, and the pages behind them.
 
     Attributes:
+      leaving: unregistered adapters that are not forgotten yet, by uid.
       max_rank: largest among the registered adapters, 0 without any.
       pinned_pages: of all pinned adapters, on the device or not.
       resident_pages, loading_pages: held by resident adapters and for copies to come.
@@ -45,6 +48,10 @@ class Residency:
         self._pending: dict[str, Adapter] = {}
         self._window = UseWindow()
         self._pinned: dict[str, None] = {}
+        # Below the number of adapters, those that no adapter has: a heap.
+        self._free_orders: list[int] = []
+        self._ranks: collections.Counter[int] = collections.Counter()
+        self.leaving: dict[str, Adapter] = {}
         self.candidates = Candidates(self._window)
         self.max_rank = 0
         self.pinned_pages = 0
@@ -58,15 +65,63 @@ class Residency:
         self.failures = 0
 
     def register(self, uid: str, rank: int, num_pages: int) -> None:
-        """Add an absent adapter; a uid that is known already changes nothing."""
-        if uid not in self._adapters:
-            order = len(self._adapters)
-            self._adapters[uid] = Adapter(uid, order, rank, num_pages)
-            self._window.grow(order + 1)
-            self.max_rank = max(self.max_rank, rank)
+        """Add an absent adapter; one that is known, or leaving, stays as it is."""
+        if uid in self._adapters:
+            if self.leaving.pop(uid, None) is not None:
+                self._adapters[uid].leaving = False
+                self._count_rank(self._adapters[uid].rank, 1)
+            return
+        order = len(self._adapters)
+        if self._free_orders:
+            order = heapq.heappop(self._free_orders)
+        self._adapters[uid] = Adapter(uid, order, rank, num_pages)
+        self._window.grow(order + 1)
+        self._count_rank(rank, 1)
+
+    def leave(self, uid: str) -> None:
+        """Unregister an adapter; `forget_leaving` forgets it.
+
+        Raises:
+          ValueError: it is not registered, or requests wait or run for it.
+        """
+        adapter = self.registered(uid)
+        if adapter.refs or adapter.queued:
+            raise ValueError(
+                f"adapter uid={uid!r} has {adapter.refs} running and {adapter.queued} "
+                "waiting requests; only one without any can be unregistered"
+            )
+        self.pin(uid, pinned=False)
+        adapter.leaving = True
+        self.leaving[uid] = adapter
+        self._count_rank(adapter.rank, -1)
+
+    def forget_leaving(self) -> list[Adapter]:
+        """Forget the leaving adapters that hold no pages, and return them."""
+        gone = [a for a in self.leaving.values() if a.state is State.ABSENT]
+        for adapter in gone:
+            del self.leaving[adapter.uid]
+            del self._adapters[adapter.uid]
+            self._window.forget(adapter.order)
+            heapq.heappush(self._free_orders, adapter.order)
+        return gone
+
+    def knows(self, uid: str) -> bool:
+        """Return whether an adapter is registered or leaving."""
+        return uid in self._adapters
+
+    def registered(self, uid: str) -> Adapter:
+        """Return the adapter `uid`, which is not leaving.
+
+        Raises:
+          ValueError: it is not registered, or not any more.
+        """
+        adapter = self.get(uid)
+        if adapter.leaving:
+            raise ValueError(f"adapter uid={uid!r} was unregistered")
+        return adapter
 
     def get(self, uid: str) -> Adapter:
-        """Return the adapter `uid`.
+        """Return the adapter `uid`, which may be leaving.
 
         Raises:
           ValueError: it was never registered.
@@ -95,7 +150,7 @@ class Residency:
 
         Loads nothing, but a copy that was lined up for the pin alone ends with it.
         """
-        adapter = self.get(uid)
+        adapter = self.registered(uid)
         if pinned != adapter.pinned:
             adapter.pinned = pinned
             if pinned:
@@ -257,12 +312,26 @@ class Residency:
                 assert len(pages) == adapter.num_pages, f"{uid}: page count"
         assert table.total_pages == sum(a.num_pages for a in table.adapters)
         adapters = self._adapters.values()
+        orders = [a.order for a in adapters] + self._free_orders
+        assert sorted(orders) == list(range(len(orders))), "orders lost or doubled"
+        assert not self._window.counts[self._free_orders].any()
+        assert self.leaving == {a.uid: a for a in adapters if a.leaving}
+        assert not any(a.refs or a.queued or a.pinned for a in self.leaving.values())
+        ranks = [a.rank for a in adapters if not a.leaving]
+        assert self._ranks == collections.Counter(ranks)
         assert self.pinned_pages == sum(a.num_pages for a in adapters if a.pinned)
-        assert self.max_rank == max((a.rank for a in adapters), default=0)
+        assert self.max_rank == max(ranks, default=0)
         assert self.resident_pages == count[State.RESIDENT]
         assert self.loading_pages == count[State.PENDING] + count[State.LOADING]
         loading = [a for a in adapters if a.state is State.LOADING]
         assert self.loads_in_flight == len(loading)
+
+    def _count_rank(self, rank: int, change: int) -> None:
+        """Count a registered adapter of this rank more, or one less."""
+        self._ranks[rank] += change
+        if not self._ranks[rank]:
+            del self._ranks[rank]
+        self.max_rank = max(self._ranks, default=0)
 
     def _settle(self, adapter: Adapter) -> None:
         """Bring lined-up copy and candidate row in step with references and pin."""

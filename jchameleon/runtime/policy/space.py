@@ -109,6 +109,23 @@ class Space:
             self._residency.evict(adapter)
         return [adapter.uid for adapter in gone]
 
+    def forget(self, uid: str) -> list[str]:
+        """Give up what the device holds of an adapter that is leaving.
+
+        The planner calls this in every plan until it is forgotten: a copy under way
+        goes in the plan after it has arrived. Whatever else belongs to the uid (cached
+        KV pages) must go here too.
+
+        Returns:
+          the uids that left the device.
+        """
+        adapter = self._residency.get(uid)
+        assert adapter.leaving, f"adapter {uid} is registered"
+        if adapter.state is not State.RESIDENT:
+            return []
+        self._residency.evict(adapter)
+        return [uid]
+
     def place(self, row: Row) -> tuple[tuple[int, ...], list[str]]:
         """Take the pages of a row and of its absent adapter, which it has acquired.
 
@@ -199,13 +216,13 @@ class Space:
         """Start to load an absent adapter into free pages; None where that is not so.
 
         Leaves `keep_pages` free. An adapter whose last load failed is left to the next
-        request for it, and so is one that the eviction policy dropped unused.
-
-        Raises:
-          ValueError: it was never registered.
+        request for it, and so is one that the eviction policy dropped unused. A policy
+        may still name one that was unregistered.
         """
+        if not self._residency.knows(uid):
+            return None
         adapter = self._residency.get(uid)
-        if adapter.state is not State.ABSENT or adapter.broken:
+        if adapter.state is not State.ABSENT or adapter.broken or adapter.leaving:
             return None
         if adapter.declined and not adapter.queued:
             return None

@@ -42,6 +42,12 @@ class UseWindow:
         self._uses[self._newest % len(self._uses), order] += 1
         self.counts[order] += 1
 
+    def forget(self, order: int) -> None:
+        """Forget all uses of an order, which another adapter may get."""
+        if order < self.counts.size:
+            self._uses[:, order] = 0
+            self.counts[order] = 0
+
     def advance(self, now_s: float) -> None:
         """Forget the buckets that have left the window; going back changes nothing."""
         newest = math.floor(now_s / self._bucket_s)

@@ -29,7 +29,8 @@ class LargestSeen:
 
     Attributes:
       prompt_tokens, predicted_tokens: of any request.
-      chunks: `rank_chunks` of any registered adapter.
+      chunks: `rank_chunks` of any adapter; Chameleon brings it down again when the
+        largest is unregistered, for that one no request can name any more.
     """
 
     prompt_tokens: int = 1
