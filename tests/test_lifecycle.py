@@ -45,6 +45,14 @@ OPTIONS = SMALL | {"pool_bytes": 48 * PAGE_BYTES}
 def shared_llm():
     with LLM("tiny", **OPTIONS) as llm:
         llm._host.read = read_adapter  # waits where a test closes a gate
+        step = llm._engine._step
+
+        def slow_step(plan):
+            """Let long requests last, however late a test's thread gets its turn."""
+            time.sleep(0.004)
+            return step(plan)
+
+        llm._engine._step = slow_step
         yield llm
 
 

@@ -30,6 +30,7 @@ from jchameleon.llm import LLM
 from jchameleon.sampling import SamplingParams
 
 NAMES = ("a", "b", "c")
+HOWS = ("once", "wait", "force", "force")  # to unregister
 RANKS = (8, 8, 24, 40)  # of the versions; 4 pages for each 8
 SAMPLING = SamplingParams(max_tokens=60, temperature=0.0, ignore_eos=True)
 PROMPTS = [
@@ -143,7 +144,7 @@ class Lives(RuleBasedStateMachine):
         assert info.pinned == (name in self.pinned)
         self.pins += info.pinned
 
-    @rule(name=st.sampled_from(NAMES), how=st.sampled_from(["once", "wait", "force"]))
+    @rule(name=st.sampled_from(NAMES), how=st.sampled_from(HOWS))
     def unregister(self, name, how):
         is_open = self.open_runs(name)
         if how == "wait" and is_open:
@@ -197,8 +198,9 @@ class Lives(RuleBasedStateMachine):
         name=st.sampled_from([*NAMES, *NAMES, *NAMES, None]),
         prompt=st.integers(0, len(PROMPTS) - 1),
         begin=st.booleans(),
+        more=st.sampled_from([0, 1, 2]),
     )
-    def accept(self, name, prompt, begin):
+    def accept(self, name, prompt, begin, more):
         if name is not None and name not in self.live:
             with pytest.raises(UnknownAdapterError):
                 self.llm.stream([PROMPTS[prompt]], name, SAMPLING)
@@ -213,8 +215,10 @@ class Lives(RuleBasedStateMachine):
         self.runs.append(run)
         if begin:
             self.read(run, 1)
+        if more:
+            self.accept(name, prompt, not begin, more - 1)
 
-    @rule(which=st.integers(0, 9), count=st.integers(1, 30))
+    @rule(which=st.integers(0, 9), count=st.sampled_from([1, 5, 60]))
     def go_on(self, which, count):
         if self.runs:
             self.read(self.runs[which % len(self.runs)], count)
@@ -249,11 +253,11 @@ class Lives(RuleBasedStateMachine):
             TALLY["whole on an old version"] += bool(was_replaced)
         assert list(run.stream) == []
 
-    @rule(which=st.integers(0, 9), how=st.sampled_from(["close", "drop"]))
+    @rule(which=st.integers(0, 30), how=st.sampled_from(["close", "drop"]))
     def give_up(self, which, how):
-        if not self.runs:
+        if which >= len(self.runs):
             return
-        run = self.runs.pop(which % len(self.runs))
+        run = self.runs.pop(which)
         if how == "close":
             run.stream.close()
         else:
@@ -322,7 +326,7 @@ def test_any_order_of_lives_gives_every_request_its_own_version(llm, expected, p
         "Machine", (Lives,), {"llm": llm, "expected": expected, "paths": paths}
     )
     machine.TestCase.settings = settings(
-        max_examples=40,
+        max_examples=80,
         stateful_step_count=30,
         deadline=None,
         suppress_health_check=list(HealthCheck),

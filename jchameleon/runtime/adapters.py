@@ -11,6 +11,7 @@ up when no name and no request claims it any more.
 
 import contextlib
 import dataclasses
+import itertools
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -295,13 +296,13 @@ class AdapterRegistry:
     def bindings(self) -> list[tuple[Binding, AdapterCard]]:
         """Return copies of all bindings, those that drain too, with their cards."""
         with self._lock:
-            found = [*self._live.values(), *sum(self._draining.values(), [])]
+            drains = itertools.chain.from_iterable(self._draining.values())
             return [
                 (
                     dataclasses.replace(binding, requests=dict(binding.requests)),
                     self._contents[binding.uid].card,
                 )
-                for binding in found
+                for binding in (*self._live.values(), *drains)
             ]
 
     def is_pinned(self, uid: str, *, without: str | None = None) -> bool:
