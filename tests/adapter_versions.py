@@ -45,7 +45,7 @@ def check_books(llm, names):
         lambda: (
             set(engine._planner._residency.uids()),
             set(engine.adapters._received),
-            set(llm._executor._adapter_pages),
+            set(llm._executor._builder._adapter_pages),
         )
     )
     assert known[0] == known[1] == uids
