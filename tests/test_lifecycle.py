@@ -47,10 +47,10 @@ def shared_llm():
         llm._host.read = read_adapter  # waits where a test closes a gate
         step = llm._engine._step
 
-        def slow_step(plan):
+        def slow_step(*args):
             """Let long requests last, however late a test's thread gets its turn."""
             time.sleep(0.004)
-            return step(plan)
+            return step(*args)
 
         llm._engine._step = slow_step
         yield llm
