@@ -114,6 +114,8 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         adapters: str | None | Sequence[str | None] = None,
         sampling: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        cache_salt: str | None | Sequence[str | None] = None,
     ) -> list[RequestOutput]:
         """Run prompts to their ends and return their outputs in order.
 
@@ -121,13 +123,16 @@ class LLM:
           prompts: one or a list; each a string or a list of token ids.
           adapters: one name for all, or one per prompt; None is the base model.
           sampling: one for all, or one per prompt.
+          cache_salt: one for all, or one per prompt. Requests share cached KV blocks
+            only with those of the same salt, so that a tenant cannot tell from the
+            time to its first token what others asked.
 
         Raises:
           JChameleonError: a prompt, adapter or sampling value is wrong; nothing of the
             call has run then. A request that fails later is returned with
             finish_reason "error".
         """
-        batch = self._prepare(prompts, adapters, sampling)
+        batch = self._prepare(prompts, adapters, sampling, cache_salt)
         pieces = [Delta() for _ in batch]
         for index, _, delta in self._run(batch):
             pieces[index] = pieces[index].then(delta)
@@ -140,13 +145,15 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         adapters: str | None | Sequence[str | None] = None,
         sampling: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        cache_salt: str | None | Sequence[str | None] = None,
     ) -> Iterator[RequestDelta]:
         """Yield pieces of output as they come; arguments as in `generate`.
 
         Validation happens here; the requests start at the first `next`. Closing the
         iterator early cancels what still runs.
         """
-        batch = self._prepare(prompts, adapters, sampling)
+        batch = self._prepare(prompts, adapters, sampling, cache_salt)
 
         def deltas() -> Iterator[RequestDelta]:
             for index, request_id, delta in self._run(batch):
@@ -217,6 +224,7 @@ class LLM:
             page_bytes=self._page_bytes,
             total_pages=self._executor.num_pages - 2,
             kv_pages=books.kv_pages,
+            cached_pages=books.cached_pages,
             adapter_pages=books.resident_pages + books.loading_pages,
             free_pages=books.free_pages,
             hits=books.hits,
@@ -235,6 +243,9 @@ class LLM:
             grown_pages=books.grown_pages,
             stalls=books.stalls,
             lanes=books.lanes,
+            prefix_queried_tokens=books.prefix_queried_tokens,
+            prefix_hit_tokens=books.prefix_hit_tokens,
+            evicted_blocks=books.evicted_blocks,
             waiting=books.waiting,
             running=books.running,
             programs=len(self._executor.compile_seconds),
@@ -319,6 +330,7 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         adapters: str | None | Sequence[str | None],
         sampling: SamplingParams | Sequence[SamplingParams] | None,
+        cache_salt: str | None | Sequence[str | None],
     ) -> list["_Prepared"]:
         """Validate a whole call before any of it runs."""
         prompt_list = as_prompt_list(prompts)
@@ -329,9 +341,14 @@ class LLM:
             (SamplingParams,),
             len(prompt_list),
         )
+        salts = per_prompt(
+            "cache_salt", cache_salt, (str, type(None)), len(prompt_list)
+        )
         outbox = Outbox()
         batch = []
-        for prompt, name, one in zip(prompt_list, names, params, strict=True):
+        for prompt, name, one, salt in zip(
+            prompt_list, names, params, salts, strict=True
+        ):
             uid = None if name is None else self._registry.resolve(name)
             if isinstance(prompt, str):
                 if self.tokenizer is None:
@@ -350,6 +367,7 @@ class LLM:
                 one,
                 adapter_uid=uid,
                 outbox=outbox,
+                cache_salt=salt,
             )
             batch.append(_Prepared(submission=submission, adapter=name))
         return batch

@@ -31,6 +31,7 @@ from jchameleon.errors import (
 from jchameleon.lora.adapter import AdapterCard, HostAdapter
 from jchameleon.models.tokenizer import Tokenizer
 from jchameleon.runtime.adapters import check_fits
+from jchameleon.runtime.block_keys import BlockKeys, check_cache_salt
 from jchameleon.runtime.engine_log import EngineLog
 from jchameleon.runtime.executor import Executor
 from jchameleon.runtime.live import LiveRequest
@@ -150,15 +151,22 @@ class Engine:
         *,
         adapter_uid: str | None,
         outbox: Outbox,
+        cache_salt: str | None = None,
+        prefix_cache: bool = True,
     ) -> Submission:
         """Validate a request; `submit` takes the result.
 
+        Args:
+          cache_salt: shares cached blocks only with requests of the same salt.
+          prefix_cache: false runs every token of the prompt, whatever is cached.
+
         Raises:
-          InvalidRequestError: id, prompt or sampling is outside the engine's limits.
+          InvalidRequestError: id, prompt, sampling or salt is outside the limits.
           UnknownAdapterError: no adapter with this uid is registered.
           CapacityError: it can never fit in the pool.
         """
         check_request_id(request_id)
+        check_cache_salt(cache_salt)
         tokens = prompt_array(prompt, self._executor.model.vocab_size)
         check_limits(
             tokens,
@@ -178,6 +186,14 @@ class Engine:
         )
         if reason is not None:
             raise CapacityError(reason)
+        block_keys = None
+        if self._config.prefix_cache and prefix_cache:
+            block_keys = BlockKeys.of(
+                tokens,
+                adapter_uid=adapter_uid,
+                salt=cache_salt,
+                block_tokens=self._config.kv_block_tokens,
+            )
         return Submission(
             request_id=request_id,
             prompt=tokens,
@@ -185,6 +201,7 @@ class Engine:
             adapter_uid=adapter_uid,
             arrival_s=time.monotonic(),
             outbox=outbox,
+            block_keys=block_keys,
         )
 
     def submit(self, submission: Submission) -> None:
@@ -357,11 +374,15 @@ class Engine:
             )
             if not hit:
                 self._loads.wait(live)
+        for request_id, tokens in plan.cached:
+            self._live[request_id].cached_tokens += tokens
         for request_id, lane, wrs in plan.lanes:
             self._live[request_id].enter_lane(lane, wrs)
         for _, passed_id in plan.bypasses:
             if passed_id in self._live:  # not rejected right after
                 self._live[passed_id].bypasses += 1
+        for request_id, block, pages in plan.swapped:
+            self._live[request_id].swap(block, pages)
         for request_id, pages in plan.grown:
             self._live[request_id].grow(pages)
         for load in plan.loads:
@@ -380,11 +401,14 @@ class Engine:
                 resident=self._executor.num_resident,
             )
         )
+        keys = [(i, self._live[i].filled_key()) for i, _ in drawn]
         finished = [i for i, token in drawn if self._add_token(i, token, now_s)]
         return StepDone(
             duration_s=now_s - start_s,
             produced=tuple((i, 1) for i, _ in drawn),
             finished=tuple(finished),
+            block_keys=tuple((i, key) for i, key in keys if key is not None),
+            spoiled=tuple(i for i, token in drawn if token == INVALID_TOKEN),
         )
 
     def _add_token(self, request_id: str, token: int, now_s: float) -> bool:

@@ -3,6 +3,7 @@
 import numpy as np
 
 from jchameleon.models.tokenizer import Tokenizer
+from jchameleon.runtime.block_keys import next_key
 from jchameleon.runtime.executor import RowSampling, StepRow
 from jchameleon.runtime.outbox import Delta, FinishReason, RequestTiming
 from jchameleon.runtime.output import OutputText
@@ -16,6 +17,7 @@ class LiveRequest:
       submission: what was asked.
       num_tokens: prompt and output tokens so far.
       bypasses: times that a younger request was admitted over it.
+      cached_tokens: tokens that it did not run because their KV entries were cached.
     """
 
     def __init__(
@@ -44,6 +46,11 @@ class LiveRequest:
         self._wrs: float | None = None
         self._squashes = 0
         self.bypasses = 0
+        self.cached_tokens = 0
+        keys = submission.block_keys
+        self._last_key = None if keys is None else keys.last
+        self._num_keys = 0 if keys is None else len(keys.keys)
+        self._block_tokens = 1 if keys is None else keys.block_tokens
 
     def admit(
         self, pages: tuple[int, ...], *, max_blocks: int, hit: bool, now_s: float
@@ -70,6 +77,26 @@ class LiveRequest:
         end = self._num_pages + len(pages)
         self._pages[self._num_pages : end] = pages
         self._num_pages = end
+
+    def swap(self, first_block: int, pages: tuple[int, ...]) -> None:
+        """Take other pages, with the same KV entries, for those from a block on."""
+        assert self._pages is not None, "swaps before it was admitted"
+        self._pages[first_block : first_block + len(pages)] = pages
+
+    def filled_key(self) -> str | None:
+        """Return the key of the block that the last step filled with output, if any.
+
+        To be asked once after each step that drew a token for it, before `add`: all
+        tokens that it has then have their KV entries.
+        """
+        blocks, inside = divmod(self.num_tokens, self._block_tokens)
+        if self._last_key is None or inside or blocks == self._num_keys:
+            return None
+        assert blocks == self._num_keys + 1, "a block was left out"
+        start = self.num_tokens - self._block_tokens
+        self._last_key = next_key(self._last_key, self._tokens[start : self.num_tokens])
+        self._num_keys = blocks
+        return self._last_key
 
     def squash(self, now_s: float) -> None:
         """Give the pages back; the tokens stay, to be run again from the first on."""
@@ -160,5 +187,6 @@ class LiveRequest:
                 wrs=self._wrs,
                 bypasses=self.bypasses,
                 squashes=self._squashes,
+                cached_tokens=self.cached_tokens,
             ),
         )

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from jchameleon.errors import InvalidRequestError
+from jchameleon.runtime.block_keys import BlockKeys
 from jchameleon.runtime.outbox import Outbox
 from jchameleon.runtime.policy.request import Request
 from jchameleon.sampling import SamplingParams, shown
@@ -19,6 +20,8 @@ class Submission:
       prompt: i32[n] token ids.
       adapter_uid: content hash, or None for the base model.
       outbox: where its deltas go.
+      block_keys: keys of its prompt's blocks; None keeps it out of the prefix cache:
+        every token of its prompt runs, and nothing that it computes is kept.
     """
 
     request_id: str
@@ -27,6 +30,7 @@ class Submission:
     adapter_uid: str | None
     arrival_s: float
     outbox: Outbox
+    block_keys: BlockKeys | None
 
     def request(self) -> Request:
         """Return what policies see of it."""
@@ -37,6 +41,7 @@ class Submission:
             adapter_uid=self.adapter_uid,
             arrival_s=self.arrival_s,
             expected_tokens=self.sampling.expected_tokens,
+            block_keys=() if self.block_keys is None else self.block_keys.keys,
         )
 
 

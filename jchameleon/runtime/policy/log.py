@@ -4,7 +4,8 @@ A log is a gzip file of JSON lines. The first is the header, an object; every ot
 `[now_s, [events], plan]`. Events, plans and what they hold are objects of their class's
 name, under "is", and the fields that are not at their default. Floats come back as they
 were, to the last bit; those without a JSON form are written Infinity and NaN. A log has
-lengths, ids and times of requests, and none of their tokens.
+lengths, ids and times of requests, and none of their tokens: keys of the prefix cache
+are digests, equal where requests begin alike.
 """
 
 import contextlib
@@ -29,7 +30,7 @@ from jchameleon.runtime.policy.presets import PolicyConfig, load_policy
 from jchameleon.runtime.policy.request import Request
 
 FORMAT = "jchameleon-plan-log"
-VERSION = 1
+VERSION = 2
 
 FLUSH_S = 1.0
 """Iterations of the last second, by their own clock, may be lost when a process dies.

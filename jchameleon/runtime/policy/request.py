@@ -15,6 +15,10 @@ class Request:
       arrival_s: when the edge accepted it, on the engine's clock.
       expected_tokens: the caller's own estimate of its output, 1 .. max_tokens, or
         None; only predictors that say so read it.
+      block_keys: one for each full KV block of its prompt, equal to another request's
+        exactly where adapter, salt and all tokens up to the block's end are; empty
+        where it neither uses nor fills the prefix cache, or its prompt has no full
+        block.
     """
 
     request_id: str
@@ -23,6 +27,7 @@ class Request:
     adapter_uid: str | None = None
     arrival_s: float = 0.0
     expected_tokens: int | None = None
+    block_keys: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.prompt_tokens < 1:
