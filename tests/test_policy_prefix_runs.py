@@ -123,7 +123,7 @@ class Checked(Driver):
             assert keys[blocks] not in before[uid] & after[uid]
 
 
-def kv_pages(planner, rows):
+def used_pages(planner, rows):
     """Return the pages that `rows` use."""
     pages = set()
     for row in rows:
@@ -135,7 +135,7 @@ def kv_pages(planner, rows):
 def locked_pages(planner, rows):
     """Return how many pages nothing can free while `rows` run."""
     users = {row.adapter for row in rows}
-    total = len(kv_pages(planner, rows))
+    total = len(used_pages(planner, rows))
     for uid in planner._residency.uids():
         adapter = planner._residency.get(uid)
         if adapter.state is State.RESIDENT:
@@ -148,8 +148,8 @@ def locked_pages(planner, rows):
     return total
 
 
-def missing_pages(planner, row, without):
-    """Return what `row` lacks when `without` are squashed, by counting pages."""
+def spare_pages(planner, row, without):
+    """Return what is left with `row` when `without` are squashed, by counting pages."""
     config = planner.config
     rows = [other for other in planner._running.values() if other not in without]
     total = locked_pages(planner, rows)
@@ -167,15 +167,17 @@ def missing_pages(planner, row, without):
     adapter = row.adapter
     if adapter is not None:
         mine = any(other.adapter is adapter for other in rows)
-        counted = adapter.state is State.LOADING or mine or (
-            adapter.pinned and adapter.state is not State.ABSENT
+        counted = (
+            adapter.state is State.LOADING
+            or mine
+            or (adapter.pinned and adapter.state is not State.ABSENT)
         )
         total += 0 if counted else adapter.num_pages
     for uid in planner._space._wanted:
         other = planner._residency.get(uid)
         if other.state is State.ABSENT and other is not adapter:
             total += other.num_pages
-    return max(0, total - config.usable_pages)
+    return config.usable_pages - total
 
 
 class Run(RuleBasedStateMachine):
@@ -188,7 +190,9 @@ class Run(RuleBasedStateMachine):
     )
     def start(self, preset, block_tokens, pages):
         least = 2 + 10 + 100 // block_tokens
-        self.driver = Checked(Case(preset, {"name": "oracle"}, block_tokens, least + pages))
+        self.driver = Checked(
+            Case(preset, {"name": "oracle"}, block_tokens, least + pages)
+        )
         self.names = 0
         self.order = []
         # The planner's predictors all listen to the caller here, who may be wrong.
@@ -198,7 +202,9 @@ class Run(RuleBasedStateMachine):
         driver, name = self.driver, f"r{self.names}"
         request = text.request(name, driver.config.block_tokens)
         pages = ADAPTERS.get(text.space[0], 0)
-        if driver.planner.can_ever_fit(request.prompt_tokens, request.max_tokens, pages):
+        if driver.planner.can_ever_fit(
+            request.prompt_tokens, request.max_tokens, pages
+        ):
             return
         self.names += 1
         self.order.append(name)
@@ -274,14 +280,18 @@ class Run(RuleBasedStateMachine):
         running = list(planner._running.values())
         without = [row for row in running if data.draw(st.booleans())]
         for row in list(planner._waiting.values())[:4]:
-            found = planner._missing_pages(row, without)[1]
-            assert found == missing_pages(planner, row, without)
+            spare = spare_pages(planner, row, without)
+            kv_pages, missing = planner._missing_pages(row, without)
+            assert missing == max(0, -spare)
+            most = (row.known_tokens - 1) // planner.config.block_tokens
+            found = planner._space.spare_pages(kv_pages, row, most, without)
+            assert found == spare
         ends = data.draw(st.permutations(running))
         left = list(ends)
         for row, pages in zip(ends, released_pages(ends), strict=True):
-            before = len(kv_pages(planner, left))
+            before = len(used_pages(planner, left))
             left.remove(row)
-            assert pages == before - len(kv_pages(planner, left))
+            assert pages == before - len(used_pages(planner, left))
 
     @invariant()
     def spare_is_what_nobody_locks(self):
@@ -319,11 +329,11 @@ def test_any_run_shares_only_what_is_there_and_all_of_it():
 
 
 def crowded(preset, block_tokens, seed):
-    """Return a driver after a few hundred steps of chats in a pool that is too small."""
+    """Return a driver after hundreds of steps of chats in a pool that is too small."""
     rng = random.Random(seed)
     driver = Checked(Case(preset, LOW, block_tokens, 2 + 14 + 160 // block_tokens))
     ended = []
-    for step in range(300):
+    for _ in range(300):
         if rng.random() < 0.5:
             uid = rng.choice([None, None, "a", "a", "b", "bad"])
             space, prompt = (uid, rng.choice(SALTS)), rng.choice(SYSTEMS)
