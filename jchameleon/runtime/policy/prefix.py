@@ -93,6 +93,20 @@ class PrefixCache:
         )
         return found, held
 
+    def find_next(self, row: Row, most: int) -> int:
+        """Return how many blocks after those that a row holds are here, one after one.
+
+        Args:
+          most: the row's blocks, those that it holds included, that it may use.
+        """
+        table = self._blocks.get(row.request.adapter_uid)
+        first = end = len(row.blocks)
+        most = min(most, len(row.keys))
+        if table:
+            while end < most and row.keys[end] in table:
+                end += 1
+        return end - first
+
     def first_blocks(self, row: Row, count: int) -> frozenset[Block]:
         """Return the first `count` blocks of a row, which must be here."""
         table = self._blocks.get(row.request.adapter_uid, {})

@@ -191,8 +191,8 @@ class Space:
         """
         if row.blocks and row.blocks[-1].dropped:
             return ()
-        count = self.prefix.find(row, most)[0] - len(row.blocks)
-        if count <= 0:
+        count = self.prefix.find_next(row, most)
+        if not count:
             return ()
         pages = self.prefix.hold(row, count)
         self._pool.trim(_owner(row), count)
