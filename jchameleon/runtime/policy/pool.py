@@ -138,7 +138,9 @@ class PagePool:
         """Take the first `count` pages from an owner and return them."""
         pages = self._owned[owner]
         if not 0 <= count <= len(pages):
-            raise ValueError(f"{owner!r} owns {len(pages)} pages, fewer than {count=}")
+            raise ValueError(
+                f"{owner!r} owns {len(pages)} pages, {count=} must be among"
+            )
         self._owned[owner] = pages[count:]
         return pages[:count]
 
