@@ -358,8 +358,8 @@ def test_forgotten_adapter_leaves_nothing_behind_and_others_alone():
     mine, other = (text_of(("s", 40), space=(uid, None)) for uid in ("x", None))
     run_one(driver, "a", mine)
     run_one(driver, "b", other)
-    space = driver.planner._space
-    assert space.forget("x") == 2 and space.forget("x") == 0
+    prefix = driver.planner._space.prefix
+    assert prefix.forget("x") == 2 and prefix.forget("x") == 0
     driver.planner.check()
     assert driver.planner.books().cached_pages == 2
     run_one(driver, "c", mine)
@@ -373,7 +373,7 @@ def test_forget_while_a_request_holds_blocks_frees_them_at_its_end():
     run_one(driver, "a", text)
     driver.arrive_text("b", text)
     driver.tick()
-    driver.planner._space.forget(None)
+    driver.planner._space.prefix.forget(None)
     driver.planner.check()
     driver.arrive_text("c", text)
     driver.drain(100)

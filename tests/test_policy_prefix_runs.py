@@ -270,7 +270,7 @@ class Run(RuleBasedStateMachine):
     def forget(self, uid):
         prefix = self.driver.planner._space.prefix
         known = len(prefix.keys(uid))
-        assert self.driver.planner._space.forget(uid) == known
+        assert prefix.forget(uid) == known
         assert not prefix.keys(uid)
         self.driver.planner.check()
 

@@ -184,7 +184,9 @@ class PrefixCache:
         """Drop all blocks of an adapter (None: of the base model); return how many.
 
         No request finds them from now on. Pages of idle ones are free at once, those
-        that running requests hold when these end.
+        that running requests hold when these end. To be called when an adapter is
+        unregistered, so that no KV entry outlives its uid: then no request for it waits
+        or runs any more, or those would put more blocks here.
         """
         table = self._blocks.pop(uid, {})
         for block in table.values():

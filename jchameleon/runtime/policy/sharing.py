@@ -26,7 +26,7 @@ def keep_filled(planner: "Planner", event: StepDone, turn: Turn) -> None:
             rows[row] = None
     for request_id in event.spoiled:
         if request_id in running:
-            planner._space.forget(running[request_id].request.adapter_uid)
+            planner._space.prefix.forget(running[request_id].request.adapter_uid)
             rows.pop(running[request_id], None)
     for row in rows:
         first = len(row.blocks)

@@ -213,14 +213,6 @@ class Space:
             self._own_pages -= count
         return pages
 
-    def forget(self, uid: str | None) -> int:
-        """Drop all cached blocks of an adapter (None: of the base model).
-
-        No KV entry outlives its adapter's uid: to be called when that is unregistered
-        and no request for it waits or runs any more. Returns how many blocks it were.
-        """
-        return self.prefix.forget(uid)
-
     def give_back(self, row: Row, now_s: float) -> None:
         """Take back a running row's pages and its reference to its adapter.
 
