@@ -52,7 +52,9 @@ class Settings:
     repeats: int = 5
     seed: int = 0
     threads: int = 2
-    engine: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    engine: Mapping[str, Any] = dataclasses.field(
+        default_factory=lambda: {"max_model_len": 1024, "pool_bytes": 512 << 20}
+    )
 
 
 QUICK: dict[str, Any] = {
