@@ -239,6 +239,8 @@ class EngineConfig:
       policy: how requests and adapters are scheduled: a preset of `configs/policies/`,
         a path that ends in .toml, or a table (docs/policies.md). The default keeps
         arrival order: lanes have not paid on this engine yet (docs/experiments.md).
+      prefix_cache: keep the KV blocks of requests that ended, while their pages are not
+        needed, for requests for the same adapter that begin with the same tokens.
       plan_log: file that records events and plans for a replay; None records nothing.
       seed: seeds requests that bring none.
     """
@@ -258,6 +260,7 @@ class EngineConfig:
     link_bytes_per_s: float | None = None
     link_latency_s: float = 0.0
     policy: str | Path | Mapping[str, Any] = "chameleon-nosched"
+    prefix_cache: bool = True
     plan_log: str | Path | None = None
     seed: int = 0
 
@@ -300,6 +303,10 @@ class EngineConfig:
         if self.seed < 0:
             raise ConfigError(f"seed={self.seed} must not be negative")
         self._check_link()
+        if type(self.prefix_cache) is not bool:
+            raise ConfigError(
+                f"prefix_cache={self.prefix_cache!r} must be true or false"
+            )
         if isinstance(self.policy, Mapping):
             # The caller's table may change later; this configuration must not.
             object.__setattr__(self, "policy", plain_table(self.policy))

@@ -43,6 +43,7 @@ from jchameleon.runtime.policy.presets import build_policies, load_policy
 from jchameleon.runtime.programs import host_params
 from jchameleon.runtime.records import StepRecord
 from jchameleon.runtime.setup import build_executor, start_engine
+from jchameleon.runtime.submission import Submission
 from jchameleon.runtime.transfer import emulated_link
 from jchameleon.sampling import SamplingParams
 
@@ -138,6 +139,8 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         adapters: str | None | Sequence[str | None] = None,
         sampling: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        cache_salt: str | None | Sequence[str | None] = None,
     ) -> list[RequestOutput]:
         """Run prompts to their ends and return their outputs in order.
 
@@ -145,13 +148,16 @@ class LLM:
           prompts: one or a list; each a string or a list of token ids.
           adapters: one name for all, or one per prompt; None is the base model.
           sampling: one for all, or one per prompt.
+          cache_salt: one for all, or one per prompt. Requests share cached KV blocks
+            only with those of the same salt, so that a tenant cannot tell from the
+            time to its first token what others asked.
 
         Raises:
           JChameleonError: a prompt, adapter or sampling value is wrong; nothing of the
             call has run then. A request that fails later is returned with
             finish_reason "error".
         """
-        call = self._call(prompts, adapters, sampling)
+        call = self._call(prompts, adapters, sampling, cache_salt)
         with self._open(call):
             return call.outputs()
 
@@ -160,13 +166,15 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         adapters: str | None | Sequence[str | None] = None,
         sampling: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        cache_salt: str | None | Sequence[str | None] = None,
     ) -> RequestStream:
         """Return an iterator over pieces of output; arguments as in `generate`.
 
         Validation happens here, and so it is settled what the adapters' names stand
         for; the requests start at the first `next`. Closing it cancels what is left.
         """
-        call = self._call(prompts, adapters, sampling)
+        call = self._call(prompts, adapters, sampling, cache_salt)
 
         def deltas() -> Generator[RequestDelta, None, None]:
             with self._open(call):
@@ -263,6 +271,7 @@ class LLM:
             page_bytes=self._page_bytes,
             total_pages=self._executor.num_pages - 2,
             kv_pages=books.kv_pages,
+            cached_pages=books.cached_pages,
             adapter_pages=books.resident_pages + books.loading_pages,
             free_pages=books.free_pages,
             hits=books.hits,
@@ -281,6 +290,9 @@ class LLM:
             grown_pages=books.grown_pages,
             stalls=books.stalls,
             lanes=books.lanes,
+            prefix_queried_tokens=books.prefix_queried_tokens,
+            prefix_hit_tokens=books.prefix_hit_tokens,
+            evicted_blocks=books.evicted_blocks,
             waiting=books.waiting,
             running=books.running,
             programs=len(self._executor.compile_seconds),
@@ -400,6 +412,7 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         adapters: str | None | Sequence[str | None],
         sampling: SamplingParams | Sequence[SamplingParams] | None,
+        cache_salt: str | None | Sequence[str | None],
     ) -> Call:
         """Validate a whole call before any of it runs."""
         prompt_list = as_prompt_list(prompts)
@@ -410,49 +423,55 @@ class LLM:
             (SamplingParams,),
             len(prompt_list),
         )
+        salts = per_prompt(
+            "cache_salt", cache_salt, (str, type(None)), len(prompt_list)
+        )
+        outbox = Outbox()
+        requests = []
         with contextlib.ExitStack() as on_error:
-            requests = self._prepare_each(prompt_list, names, params, on_error)
+            for prompt, name, one, salt in zip(
+                prompt_list, names, params, salts, strict=True
+            ):
+                submissions = self._prepare(prompt, name, one, salt, outbox, on_error)
+                requests.append(CallRequest(adapter=name, submissions=submissions))
             on_error.pop_all()
         return Call(self._engine, requests)
 
-    def _prepare_each(
+    def _prepare(
         self,
-        prompts: list[Prompt],
-        names: list[str | None],
-        params: list[SamplingParams],
+        prompt: Prompt,
+        name: str | None,
+        sampling: SamplingParams,
+        cache_salt: str | None,
+        outbox: Outbox,
         on_error: contextlib.ExitStack,
-    ) -> list[CallRequest]:
-        outbox = Outbox()
-        requests = []
-        for prompt, name, one in zip(prompts, names, params, strict=True):
-            request_id, lease = f"req-{next(self._ids)}", None
-            if name is not None:
-                lease = self._registry.lease(name, request_id)
-                on_error.callback(lease.abandon)
-            if isinstance(prompt, str):
-                if self.tokenizer is None:
-                    raise InvalidRequestError(
-                        f"model {self.model_config.name!r} has no tokenizer; "
-                        "pass token ids"
-                    )
-                if not prompt:
-                    raise InvalidRequestError("prompt is empty")
-                tokens: Sequence[int] = self.tokenizer.encode(prompt)
-            else:
-                tokens = prompt
-            submissions = prepare_completions(
-                self._engine,
-                request_id,
-                tokens,
-                one,
-                adapter_uid=None if lease is None else lease.uid,
-                outbox=outbox,
-                lease=lease,
-            )
-            for submission in submissions:
-                on_error.callback(submission.abandon)
-            requests.append(CallRequest(adapter=name, submissions=submissions))
-        return requests
+    ) -> tuple[Submission, ...]:
+        """Validate one prompt; its claims are given up with `on_error`."""
+        request_id, lease = f"req-{next(self._ids)}", None
+        if name is not None:
+            lease = self._registry.lease(name, request_id)
+            on_error.callback(lease.abandon)
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise InvalidRequestError(
+                    f"model {self.model_config.name!r} has no tokenizer; pass token ids"
+                )
+            if not prompt:
+                raise InvalidRequestError("prompt is empty")
+            prompt = self.tokenizer.encode(prompt)
+        submissions = prepare_completions(
+            self._engine,
+            request_id,
+            prompt,
+            sampling,
+            adapter_uid=None if lease is None else lease.uid,
+            outbox=outbox,
+            lease=lease,
+            cache_salt=cache_salt,
+        )
+        for submission in submissions:
+            on_error.callback(submission.abandon)
+        return submissions
 
     @contextlib.contextmanager
     def _open(self, call: Call) -> Iterator[None]:

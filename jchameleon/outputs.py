@@ -161,7 +161,8 @@ class EngineStats:
     Attributes:
       page_bytes: device bytes of one page over all layers.
       total_pages: pages that KV blocks and adapters share.
-      kv_pages, adapter_pages, free_pages: how they are used now.
+      kv_pages, cached_pages, adapter_pages, free_pages: how they are used now: by
+        running requests, by KV blocks that are kept for later ones, by adapters.
       hits, misses, loads, load_failures, evictions: adapter cache since the start.
       host_bytes, host_adapters: weights in host memory now.
       host_hits, disk_reads: loads whose weights came from there, or from disk.
@@ -171,6 +172,9 @@ class EngineStats:
         pages a request that outgrew its predicted length took.
       grown_pages: pages given to such requests; stalls: times that one skipped a step.
       lanes: the scheduler's lanes, smallest requests first; empty where it has none.
+      prefix_queried_tokens: tokens of admitted prompts that may use the prefix cache,
+        those of squashed requests again; prefix_hit_tokens: how many it spared them.
+      evicted_blocks: cached KV blocks whose pages were needed.
       waiting, running: requests.
       programs: compiled programs; all of them were compiled during warm-up.
     """
@@ -178,6 +182,7 @@ class EngineStats:
     page_bytes: int
     total_pages: int
     kv_pages: int
+    cached_pages: int
     adapter_pages: int
     free_pages: int
     hits: int
@@ -196,6 +201,9 @@ class EngineStats:
     grown_pages: int
     stalls: int
     lanes: tuple[LaneStats, ...]
+    prefix_queried_tokens: int
+    prefix_hit_tokens: int
+    evicted_blocks: int
     waiting: int
     running: int
     programs: int

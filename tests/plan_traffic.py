@@ -57,7 +57,12 @@ class LooseEngine:
         self.left = {}  # tokens that each live request has yet to produce
         self.names = {}  # the adapter that each live request names
         self.prompts = {}  # prompt tokens, with those produced before it was squashed
+        self.texts = {}  # what a request says: equal texts of one adapter begin alike
+        self.keyed = {}  # blocks of each request that have keys
         self.loading = []
+
+    def key(self, request_id, block):
+        return f"{self.texts[request_id]}/{block}"
 
     def arrive(self):
         rng = self.rng
@@ -70,14 +75,19 @@ class LooseEngine:
         uid = rng.choice([None, *self.adapters, *list(self.adapters)[:2]])
         if self.planner.can_ever_fit(prompt, limit, self.adapters.get(uid, 0)):
             return
+        request_id = f"r{self.count}"
+        self.texts[request_id] = rng.choice([f"{uid}", f"{uid}", f"{uid}-{request_id}"])
+        self.keyed[request_id] = prompt // CONFIG.block_tokens
+        blocks = range(self.keyed[request_id])
         request = Request(
-            request_id=f"r{self.count}",
+            request_id=request_id,
             prompt_tokens=prompt,
             max_tokens=limit,
             adapter_uid=uid,
             arrival_s=self.now_s,
             expected_tokens=rng.choice([None, rng.randint(1, limit)]),
             priority=rng.choice(self.priorities) if len(self.priorities) > 1 else 0,
+            block_keys=tuple(self.key(request_id, block) for block in blocks),
         )
         self.left[request.request_id] = rng.choice([limit, rng.randint(1, limit)])
         self.prompts[request.request_id] = prompt
@@ -127,16 +137,28 @@ class LooseEngine:
         for chunk in plan.prefill:
             if chunk.start + chunk.length == self.prompts[chunk.request_id]:
                 done.append(chunk.request_id)
-        finished = []
+        finished, keys, spoiled = [], [], []
         for request_id in done:
+            blocks, inside = divmod(self.prompts[request_id], CONFIG.block_tokens)
+            if not inside and blocks > self.keyed[request_id]:
+                keys.append((request_id, self.key(request_id, blocks - 1)))
+                self.keyed[request_id] = blocks
             self.left[request_id] -= 1
             self.prompts[request_id] += 1
             if self.left[request_id] == 0:
                 del self.left[request_id]
                 finished.append(request_id)
+                if self.rng.random() < 0.05:
+                    spoiled.append(request_id)
         produced = tuple((request_id, 1) for request_id in done)
         if plan.prefill or plan.decode:
-            step = StepDone(0.2 * self.rng.random(), produced, tuple(finished))
+            step = StepDone(
+                0.2 * self.rng.random(),
+                produced,
+                tuple(finished),
+                tuple(keys),
+                tuple(spoiled),
+            )
             self.events.append(step)
 
 

@@ -47,11 +47,44 @@ def request_of(request_id, prompt_tokens=20, max_tokens=5, adapter_uid=None):
     )
 
 
+class Text:
+    """Tokens of a request that takes part in the prefix cache, and where it stands.
+
+    Prompt and output are laid down from the start; requests of the same `space` (an
+    adapter and a salt) may share what they begin with.
+    """
+
+    def __init__(self, space, prompt, output):
+        self.space, self.prompt = space, tuple(prompt)
+        self.tokens = (*prompt, *output)
+        # One value stands for a token and all before it, as its KV entry does.
+        self.entries = []
+        before = hash(space)
+        for token in self.tokens:
+            before = hash((before, token))
+            self.entries.append(before)
+
+    def key(self, block, block_tokens):
+        return f"{self.space}:{self.tokens[: (block + 1) * block_tokens]}"
+
+    def request(self, request_id, block_tokens=CONFIG.block_tokens, **fields):
+        blocks = range(len(self.prompt) // block_tokens)
+        return Request(
+            request_id=request_id,
+            prompt_tokens=len(self.prompt),
+            max_tokens=len(self.tokens) - len(self.prompt),
+            adapter_uid=self.space[0],
+            block_keys=tuple(self.key(block, block_tokens) for block in blocks),
+            **fields,
+        )
+
+
 class Driver:
     """Executes plans and checks each against books of its own.
 
     `lengths` says after how many tokens a request ends (its limit otherwise);
-    `load_steps` how many steps a load takes; `fails` whether it fails.
+    `load_steps` how many steps a load takes; `fails` whether it fails; `spoils` whether
+    a request ends for logits that are not finite.
     """
 
     def __init__(self, planner):
@@ -65,6 +98,7 @@ class Driver:
         self.lengths = {}
         self.load_steps = lambda uid: 1
         self.fails = lambda uid: False
+        self.spoils = lambda request_id: False
         self.outcome = {}
         self.admission_order = []
         self.kv = {}
@@ -77,6 +111,12 @@ class Driver:
         self.squashes = {}
         self.pinned = set()
         self.leaving = set()
+        # The prefix cache: texts by request, blocks that have a key, tokens found
+        # there, and what the device holds: page -> entries.
+        self.texts = {}
+        self.keyed = {}
+        self.cached = {}
+        self.memory = {}
 
     def register(self, uid, num_pages, rank=8):
         self.events.append(AdapterRegistered(uid, rank, num_pages))
@@ -100,6 +140,12 @@ class Driver:
         self.events.append(Arrival(request))
         self.requests[request.request_id] = request
         self.lengths[request.request_id] = length or request.max_tokens
+
+    def arrive_text(self, request_id, text, length=None, **fields):
+        request = text.request(request_id, self.config.block_tokens, **fields)
+        self.arrive(request, length)
+        self.texts[request_id] = text
+        self.keyed[request_id] = len(request.block_keys)
 
     def pin(self, uid, pinned=True):
         self.events.append(AdapterPinned(uid, pinned))
@@ -175,8 +221,21 @@ class Driver:
             assert len(pages) * config.block_tokens >= tokens
             self.kv[request_id] = pages
             self.prefilled[request_id] = 0
+            assert len(set(pages)) == len(pages)
             self.to_prefill[request_id] = request.prompt_tokens + produced
             self.admission_order.append(request_id)
+        for request_id, block, pages in plan.swapped:
+            assert request_id in self.texts and request_id not in plan.admitted
+            had = self.kv[request_id]
+            assert not set(had) & set(pages)
+            end = block + len(pages)
+            assert end <= len(had)
+            self.kv[request_id] = (*had[:block], *pages, *had[end:])
+        for request_id, tokens in plan.cached:
+            assert tokens > 0 and tokens % config.block_tokens == 0
+            self.prefilled[request_id] += tokens
+            assert self.prefilled[request_id] < self.to_prefill[request_id]
+            self.cached[request_id] = self.cached.get(request_id, 0) + tokens
         assert not dict(plan.grown).keys() & dict(plan.squashed).keys()
         for request_id, pages in plan.grown:
             assert config.kv_reserve == "predicted" and pages
@@ -189,17 +248,24 @@ class Driver:
             assert load.uid not in self.resident and load.uid not in self.loading
             due = self.step + self.load_steps(load.uid)
             self.loading[load.uid] = (due, load.pages)
+            for page in load.pages:
+                self.memory.pop(page, None)
         assert len(self.loading) <= config.max_loads_in_flight
         assert len(self.admission_order) <= config.max_running
 
-        held = [page for pages in self.kv.values() for page in pages]
+        used = [page for pages in self.kv.values() for page in pages]
+        assert self.texts or len(used) == len(set(used)), "a page has two owners"
+        held = list(set(used))
         held += [page for pages in self.resident.values() for page in pages]
         held += [page for _, pages in self.loading.values() for page in pages]
         assert len(held) == len(set(held)), "a page has two owners"
         assert all(2 <= page < config.num_pages for page in held)
         books = self.planner.books()
         assert len(held) <= config.num_pages - 2 - books.free_pages
-        assert books.kv_pages == sum(map(len, self.kv.values()))
+        assert books.kv_pages == len(set(used))
+        kept = len(held) + books.free_pages + books.cached_pages
+        # Of adapters whose copy waits for the link the driver does not know.
+        assert kept + self.lined_up() == config.num_pages - 2
         assert books.resident_pages == sum(map(len, self.resident.values()))
         assert books.running == len(self.admission_order)
         for uid, pages in self.resident.items():
@@ -214,6 +280,28 @@ class Driver:
         tile = config.prefill_tile_tokens
         padded = sum(-(-chunk.length // tile) * tile for chunk in plan.prefill)
         assert padded + len(rows) <= config.max_batch_tokens
+
+    def lined_up(self):
+        pages = sum(len(pages) for _, pages in self.loading.values())
+        return self.planner.books().loading_pages - pages
+
+    def write(self, request_id, start, end):
+        """Run tokens of a text: all before them must be where it will look for them."""
+        block_tokens, pages = self.config.block_tokens, self.kv[request_id]
+        text = self.texts.get(request_id)
+        if text is None:
+            for at in range(start, end):
+                self.memory.pop(pages[at // block_tokens], None)
+            return
+        for at in range(0, start, block_tokens):
+            page = self.memory[pages[at // block_tokens]]
+            entries = text.entries[at : min(at + block_tokens, start)]
+            assert page[: len(entries)] == entries, f"{request_id}: not its KV at {at}"
+        for at in range(start, end):
+            page = self.memory.setdefault(pages[at // block_tokens], [])
+            # Whoever owned the page before, entries behind this one count no more.
+            page[at % block_tokens :] = [text.entries[at]]
+            assert len(page) == at % block_tokens + 1
 
     def has_room(self, request_id):
         """Whether the KV entry of the next token has a page."""
@@ -230,21 +318,35 @@ class Driver:
             assert chunk.start == self.prefilled[chunk.request_id]
             assert chunk.length >= 1
             end = chunk.start + chunk.length
+            self.write(chunk.request_id, chunk.start, end)
             self.prefilled[chunk.request_id] = end
             assert end <= self.to_prefill[chunk.request_id]
             if end == self.to_prefill[chunk.request_id]:
                 done.append(chunk.request_id)
             else:
                 assert chunk.length % self.config.prefill_tile_tokens == 0
-        finished = []
+        for request_id in plan.decode:
+            tokens = self.requests[request_id].prompt_tokens + self.produced[request_id]
+            self.write(request_id, tokens - 1, tokens)
+        finished, keys = [], []
         for request_id in done:
+            text = self.texts.get(request_id)
+            tokens = self.requests[request_id].prompt_tokens + self.produced[request_id]
+            blocks, inside = divmod(tokens, self.config.block_tokens)
+            if text and not inside and blocks > self.keyed[request_id]:
+                key = text.key(blocks - 1, self.config.block_tokens)
+                keys.append((request_id, key))
+                self.keyed[request_id] = blocks
             self.produced[request_id] += 1
             if self.produced[request_id] == self.lengths[request_id]:
                 finished.append(request_id)
         produced = tuple((request_id, 1) for request_id in done)
         for request_id in finished:
             self.end(request_id, "finished")
-        self.events.append(StepDone(0.01, produced, tuple(finished)))
+        spoiled = tuple(filter(self.spoils, finished))
+        self.events.append(
+            StepDone(0.01, produced, tuple(finished), tuple(keys), spoiled)
+        )
 
     def drain(self, most_steps):
         for _ in range(most_steps):

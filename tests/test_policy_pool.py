@@ -20,6 +20,7 @@ class NaivePool:
     def __init__(self, num_pages):
         self.free = set(range(2, num_pages))
         self.owned = {}
+        self.shelved = set()
 
     def took(self, owner, pages, count):
         assert len(pages) == len(set(pages)) == count
@@ -34,7 +35,9 @@ class NaivePool:
             assert pool.pages_of(owner) == pages
         owned = [page for pages in self.owned.values() for page in pages]
         assert NULL_PAGE not in owned and TRASH_PAGE not in owned
-        assert len(owned) + pool.free_pages + RESERVED_PAGES == pool.num_pages
+        assert pool.shelved_pages == len(self.shelved)
+        total = len(owned) + len(self.shelved) + pool.free_pages + RESERVED_PAGES
+        assert total == pool.num_pages
 
 
 def test_pool_random_operations_match_naive_model():
@@ -104,6 +107,31 @@ class PoolMachine(RuleBasedStateMachine):
         else:
             self.pool.commit(owner, new_owner)
             self.naive.owned[new_owner] = self.naive.owned.pop(owner)
+
+    @precondition(lambda self: self.naive.owned)
+    @rule(data=st.data(), count=st.integers(-1, 8), keep=st.booleans())
+    def split(self, data, count, keep):
+        owner = data.draw(st.sampled_from(list(self.naive.owned)))
+        pages = self.naive.owned[owner]
+        move = self.pool.shelve if keep else self.pool.trim
+        if not 0 <= count <= len(pages):
+            with pytest.raises(ValueError, match=f"owns {len(pages)} pages"):
+                move(owner, count)
+            return
+        assert move(owner, count) in (None, pages[:count])
+        self.naive.owned[owner] = pages[count:]
+        left = self.naive.shelved if keep else self.naive.free
+        left |= set(pages[:count])
+
+    @rule(page=st.integers(0, 23))
+    def unshelve(self, page):
+        if page not in self.naive.shelved:
+            with pytest.raises(KeyError):
+                self.pool.unshelve(page)
+        else:
+            self.pool.unshelve(page)
+            self.naive.shelved.remove(page)
+            self.naive.free.add(page)
 
     @invariant()
     def books_agree(self):

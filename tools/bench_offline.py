@@ -63,6 +63,8 @@ class Ours:
         options = {
             "dtype": settings.dtype,
             "lora_targets": settings.targets,
+            # Cases run the same prompts, and peers run each token of them.
+            "prefix_cache": False,
             **settings.engine,
         }
         self._settings = settings

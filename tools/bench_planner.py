@@ -15,6 +15,7 @@ cannot.
 
     python tools/bench_planner.py --json out.json
     python tools/bench_planner.py --policy chameleon --policy sjf
+    python tools/bench_planner.py --prefix-cache      # requests that begin alike
     python tools/bench_planner.py --quick             # a tiny case, in seconds
 """
 
@@ -238,14 +239,15 @@ def print_report(report: Mapping[str, Any]) -> None:
     print(
         f"\n{'plan of':20} {'queued':>7} {'median ms':>9} {'P99 ms':>9} {'max ms':>9} "
         f"{'CPU P99':>9} {'CPU max':>9} {'/ loop':>8} {'P99':>8}   per plan: admitted, "
-        "loads, evicted; resident pages"
+        "loads, evicted; resident, cached pages"
     )
     for row in report["plans"]:
         state = row["state"]
         print(
             f"{row['policy']:20} {row['queued']:7} {times(row['plan'])}   "
             f"{state['admitted_per_plan']:.1f}, {state['loads_per_plan']:.1f}, "
-            f"{state['evicted_per_plan']:.1f}; {state['resident_pages']}"
+            f"{state['evicted_per_plan']:.1f}; {state['resident_pages']}, "
+            f"{state['cached_pages']}"
         )
     for row in report["plans"]:
         if "refresh" in row:
@@ -275,6 +277,9 @@ def main() -> None:
     )
     parser.add_argument("--plans", type=int, help="timed plans of each row")
     parser.add_argument("--seed", type=int)
+    parser.add_argument(
+        "--prefix-cache", action="store_true", help="requests share cached KV blocks"
+    )
     parser.add_argument("--quick", action="store_true", help="a tiny case")
     parser.add_argument("--json", type=Path, help="write the report here")
     args = parser.parse_args()
@@ -282,6 +287,8 @@ def main() -> None:
     values = dict(QUICK) if args.quick else {}
     if args.policy is not None:
         values["policies"] = tuple(args.policy)
+    if args.prefix_cache:
+        values["prefix_cache"] = True
     for name in ("plans", "seed"):
         if getattr(args, name) is not None:
             values[name] = getattr(args, name)

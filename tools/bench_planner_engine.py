@@ -46,6 +46,8 @@ class Settings:
       resident: adapters that fit the pool beside the running requests, about.
       plans: timed calls of each policy and line, in `rounds` parts that take turns.
       refreshes, evictions: timed ones.
+      prefix_cache: requests have keys for it; half of what an adapter is asked begins
+        alike, and what they leave fills the pool.
     """
 
     policies: tuple[str, ...] = (
@@ -68,6 +70,7 @@ class Settings:
     refreshes: int = 20
     evictions: int = 1_000
     seed: int = 0
+    prefix_cache: bool = False
 
 
 class Stopwatch:
@@ -122,6 +125,7 @@ class SteadyEngine:
         self._lengths: dict[str, int] = {}
         self._prompts: dict[str, int] = {}
         self._produced: dict[str, int] = {}
+        self._keyed: dict[str, int] = {}  # tokens whose blocks have keys
         self.totals: collections.Counter[str] = collections.Counter()
         self._load_adapters()
         for _ in range(settings.warm_up_plans):
@@ -162,6 +166,7 @@ class SteadyEngine:
             "running": books.running,
             "free_pages": books.free_pages,
             "resident_pages": books.resident_pages,
+            "cached_pages": books.cached_pages,
             **{f"{k}_per_plan": n / plans for k, n in self.totals.items()},
         }
 
@@ -185,19 +190,46 @@ class SteadyEngine:
         rng = self._rng
         request_id = f"request-{self._num_arrived}"
         self._num_arrived += 1
+        uid = f"adapter-{rng.randrange(self._settings.adapters)}"
         prompt_tokens = rng.randint(16, 2 * MEAN_PROMPT_TOKENS - 16)
         length = rng.randint(1, 2 * MEAN_OUTPUT_TOKENS - 1)
         self._prompts[request_id] = prompt_tokens
         self._lengths[request_id] = length
         self._produced[request_id] = 0
+        self._keyed[request_id] = prompt_tokens
         return Request(
             request_id=request_id,
             prompt_tokens=prompt_tokens,
             max_tokens=2 * MEAN_OUTPUT_TOKENS,
-            adapter_uid=f"adapter-{rng.randrange(self._settings.adapters)}",
+            adapter_uid=uid,
             arrival_s=self._now_s,
             expected_tokens=length,
+            block_keys=self._block_keys(request_id, uid, prompt_tokens),
         )
+
+    def _block_keys(
+        self, request_id: str, uid: str, prompt_tokens: int
+    ) -> tuple[str, ...]:
+        if not self._settings.prefix_cache:
+            return ()
+        shared = MEAN_PROMPT_TOKENS // 2 // BLOCK_TOKENS
+        return tuple(
+            f"{uid if block < shared else request_id}/{block}"
+            for block in range(prompt_tokens // BLOCK_TOKENS)
+        )
+
+    def _filled_keys(self, done: Sequence[str]) -> tuple[tuple[str, str], ...]:
+        """Return keys of the blocks that a step filled with output."""
+        if not self._settings.prefix_cache:
+            return ()
+        keys = []
+        for request_id in done:
+            tokens = self._prompts[request_id] + self._produced[request_id]
+            # A request that was squashed fills some of its blocks again.
+            if tokens % BLOCK_TOKENS == 0 and tokens > self._keyed[request_id]:
+                self._keyed[request_id] = tokens
+                keys.append((request_id, f"{request_id}/{tokens}"))
+        return tuple(keys)
 
     def _execute(self, plan: Plan) -> None:
         self._events += [LoadDone(load.uid) for load in plan.loads]
@@ -208,6 +240,7 @@ class SteadyEngine:
             tokens = self._prompts[chunk.request_id] + self._produced[chunk.request_id]
             if chunk.start + chunk.length == tokens:
                 done.append(chunk.request_id)
+        keys = self._filled_keys(done)
         finished = []
         for request_id in done:
             self._produced[request_id] += 1
@@ -217,10 +250,10 @@ class SteadyEngine:
         if done or plan.prefill:
             produced = tuple((request_id, 1) for request_id in done)
             step_s = STEP_S * self._rng.uniform(0.9, 1.1)
-            self._events.append(StepDone(step_s, produced, tuple(finished)))
+            self._events.append(StepDone(step_s, produced, tuple(finished), keys))
 
     def _forget(self, request_id: str) -> None:
-        for table in (self._prompts, self._lengths, self._produced):
+        for table in (self._prompts, self._lengths, self._produced, self._keyed):
             del table[request_id]
 
 

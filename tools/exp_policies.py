@@ -119,6 +119,8 @@ class Experiment:
             "max_batch_tokens": settings.max_batch_tokens,
             "max_lora_rank": max(self._shape.ranks),
             "lora_targets": ATTENTION_PROJECTIONS,
+            # What no job can find cached takes no page from adapters.
+            "prefix_cache": False,
         }
         options["pool_bytes"] = self._pool_bytes(model, options)
         self._model = model

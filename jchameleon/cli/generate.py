@@ -41,6 +41,7 @@ ENGINE_FIELDS = (
     "max_lora_rank",
     "host_cache_bytes",
     "policy",
+    "prefix_cache",
     "plan_log",
 )
 
@@ -181,6 +182,11 @@ def _add_engine(engine: Any) -> None:
         metavar="NAME_OR_TOML",
         help="how requests and adapters are scheduled: a .toml file or one of "
         f"{', '.join(policy_preset_names())} (default: {EngineConfig().policy})",
+    )
+    engine.add_argument(
+        "--prefix-cache",
+        action=argparse.BooleanOptionalAction,
+        help="share the KV cache of what prompts begin with (default: yes)",
     )
     engine.add_argument(
         "--host-cache-bytes",

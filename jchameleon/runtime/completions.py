@@ -24,6 +24,7 @@ def prepare_completions(
     adapter_uid: str | None,
     outbox: Outbox,
     lease: AdapterLease | None = None,
+    cache_salt: str | None = None,
 ) -> tuple[Submission, ...]:
     """Validate a request and return a submission for each of its `n` completions.
 
@@ -40,6 +41,7 @@ def prepare_completions(
         adapter_uid=adapter_uid,
         outbox=outbox,
         lease=lease,
+        cache_salt=cache_salt,
     )
     others = dataclasses.replace(first.sampling, prompt_logprobs=None)
     submissions = [first]

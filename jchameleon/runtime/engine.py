@@ -29,6 +29,7 @@ from jchameleon.errors import (
 )
 from jchameleon.lora.adapter import HostAdapter
 from jchameleon.models.tokenizer import Tokenizer
+from jchameleon.runtime.block_keys import BlockKeys, check_cache_salt
 from jchameleon.runtime.deadlines import Deadlines
 from jchameleon.runtime.drawing import DrawnToken
 from jchameleon.runtime.engine_adapters import AdapterListener, EngineAdapters
@@ -150,18 +151,26 @@ class Engine:
         adapter_uid: str | None,
         outbox: Outbox,
         lease: AdapterLease | None = None,
+        cache_salt: str | None = None,
+        prefix_cache: bool = True,
     ) -> Submission:
         """Validate a request; `submit` takes the result.
 
         For more than one completion see `jchameleon.runtime.completions`.
-        `lease` is a claim to `adapter_uid`; once submitted, it ends with the request.
+
+        Args:
+          lease: a claim to `adapter_uid`; once submitted, it ends with the request.
+          cache_salt: shares cached blocks only with requests of the same salt.
+          prefix_cache: false runs every token of the prompt, whatever is cached; so
+            does a request that asks for log-probabilities of its prompt.
 
         Raises:
-          InvalidRequestError: id, prompt or sampling is outside the engine's limits.
+          InvalidRequestError: id, prompt, sampling or salt is outside the limits.
           UnknownAdapterError: no adapter with this uid is registered.
           CapacityError: it can never fit in the pool.
         """
         check_request_id(request_id)
+        check_cache_salt(cache_salt)
         tokens = prompt_array(prompt, self._executor.model.vocab_size)
         tokens = truncated(tokens, sampling.truncate_prompt_tokens)
         check_limits(
@@ -180,6 +189,15 @@ class Engine:
         )
         if reason is not None:
             raise CapacityError(reason)
+        block_keys = None
+        prefix_cache &= sampling.prompt_logprobs is None
+        if self._config.prefix_cache and prefix_cache:
+            block_keys = BlockKeys.of(
+                tokens,
+                adapter_uid=adapter_uid,
+                salt=cache_salt,
+                block_tokens=self._config.kv_block_tokens,
+            )
         return Submission(
             request_id=request_id,
             prompt=tokens,
@@ -188,6 +206,7 @@ class Engine:
             arrival_s=time.monotonic(),
             outbox=outbox,
             lease=lease,
+            block_keys=block_keys,
         )
 
     def submit(self, submission: Submission) -> None:
@@ -373,11 +392,15 @@ class Engine:
             )
             if not hit:
                 self._loads.wait(live)
+        for request_id, tokens in plan.cached:
+            self._live[request_id].cached_tokens += tokens
         for request_id, lane, wrs in plan.lanes:
             self._live[request_id].enter_lane(lane, wrs)
         for _, passed_id in plan.bypasses:
             if passed_id in self._live:  # not rejected right after
                 self._live[passed_id].bypasses += 1
+        for request_id, block, pages in plan.swapped:
+            self._live[request_id].swap(block, pages)
         for request_id, pages in plan.grown:
             self._live[request_id].grow(pages)
         for load in plan.loads:
@@ -389,6 +412,7 @@ class Engine:
         now_s = time.monotonic()
         for request_id, packed in output.scored:
             self._live[request_id].add_scores(packed)
+        keys = [(i, self._live[i].filled_key()) for i, _ in output.drawn]
         finished = [i for i, drawn in output.drawn if self._add_token(i, drawn, now_s)]
         host_s = time.monotonic() - iteration_s - output.device_s
         resident = self._executor.num_resident
@@ -399,6 +423,8 @@ class Engine:
             duration_s=now_s - start_s,
             produced=tuple((i, 1) for i, _ in output.drawn),
             finished=tuple(finished),
+            block_keys=tuple((i, key) for i, key in keys if key is not None),
+            spoiled=tuple(i for i, d in output.drawn if d.token == INVALID_TOKEN),
         )
 
     def _add_token(self, request_id: str, drawn: DrawnToken, now_s: float) -> bool:

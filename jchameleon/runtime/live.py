@@ -4,6 +4,7 @@ import numpy as np
 
 from jchameleon.models.tokenizer import Tokenizer
 from jchameleon.runtime.batch import StepRow
+from jchameleon.runtime.block_keys import next_key
 from jchameleon.runtime.drawing import DrawnToken, RowSampling
 from jchameleon.runtime.edits import RowEdits
 from jchameleon.runtime.logprobs import unpack_logprobs
@@ -25,6 +26,7 @@ class LiveRequest:
       submission: what was asked.
       num_tokens: prompt and output tokens so far.
       bypasses: times that a younger request was admitted over it.
+      cached_tokens: tokens that it did not run because their KV entries were cached.
     """
 
     def __init__(
@@ -64,6 +66,11 @@ class LiveRequest:
         self._wrs: float | None = None
         self._squashes = 0
         self.bypasses = 0
+        self.cached_tokens = 0
+        keys = submission.block_keys
+        self._last_key = None if keys is None else keys.last
+        self._num_keys = 0 if keys is None else len(keys.keys)
+        self._block_tokens = 1 if keys is None else keys.block_tokens
 
     def admit(
         self, pages: tuple[int, ...], *, max_blocks: int, hit: bool, now_s: float
@@ -90,6 +97,26 @@ class LiveRequest:
         end = self._num_pages + len(pages)
         self._pages[self._num_pages : end] = pages
         self._num_pages = end
+
+    def swap(self, first_block: int, pages: tuple[int, ...]) -> None:
+        """Take other pages, with the same KV entries, for those from a block on."""
+        assert self._pages is not None, "swaps before it was admitted"
+        self._pages[first_block : first_block + len(pages)] = pages
+
+    def filled_key(self) -> str | None:
+        """Return the key of the block that the last step filled with output, if any.
+
+        To be asked once after each step that drew a token for it, before `add`: all
+        tokens that it has then have their KV entries.
+        """
+        blocks, inside = divmod(self.num_tokens, self._block_tokens)
+        if self._last_key is None or inside or blocks == self._num_keys:
+            return None
+        assert blocks == self._num_keys + 1, "a block was left out"
+        start = self.num_tokens - self._block_tokens
+        self._last_key = next_key(self._last_key, self._tokens[start : self.num_tokens])
+        self._num_keys = blocks
+        return self._last_key
 
     def squash(self, now_s: float) -> None:
         """Give the pages back; the tokens stay, to be run again from the first on."""
@@ -226,5 +253,6 @@ class LiveRequest:
                 wrs=self._wrs,
                 bypasses=self.bypasses,
                 squashes=self._squashes,
+                cached_tokens=self.cached_tokens,
             ),
         )

@@ -29,6 +29,8 @@ class RequestTiming:
       bypasses: times that a younger request was admitted over it while it was the head
         of its lane.
       squashes: times that it was sent back to wait and recomputed.
+      cached_tokens: tokens that were not run because their KV entries were in the
+        prefix cache; again too if it was squashed.
     """
 
     queue_s: float
@@ -40,6 +42,7 @@ class RequestTiming:
     wrs: float | None = None
     bypasses: int = 0
     squashes: int = 0
+    cached_tokens: int = 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from jchameleon.errors import InvalidRequestError
+from jchameleon.runtime.block_keys import BlockKeys
 from jchameleon.runtime.leases import AdapterLease
 from jchameleon.runtime.outbox import Outbox
 from jchameleon.runtime.policy.request import Request
@@ -24,6 +25,8 @@ class Submission:
       outbox: where its deltas go.
       completion: which of its prompt's completions this is; with a seed each draws
         tokens of its own.
+      block_keys: keys of its prompt's blocks; None keeps it out of the prefix cache:
+        every token of its prompt runs, and nothing that it computes is kept.
     """
 
     request_id: str
@@ -32,6 +35,7 @@ class Submission:
     adapter_uid: str | None
     arrival_s: float
     outbox: Outbox
+    block_keys: BlockKeys | None
     completion: int = 0
     lease: AdapterLease | None = None
 
@@ -68,6 +72,7 @@ class Submission:
             arrival_s=self.arrival_s,
             expected_tokens=self.sampling.expected_tokens,
             priority=self.sampling.priority,
+            block_keys=() if self.block_keys is None else self.block_keys.keys,
         )
 
 

@@ -80,11 +80,18 @@ class StepDone:
       duration_s: wall time of the step.
       produced: (request id, tokens sampled for it in this step).
       finished: ids of requests that ended in this step, for any reason.
+      block_keys: (request id, key) of blocks that the step filled with output, for
+        requests that take part in the prefix cache, in their order.
+      spoiled: ids of those of `finished` whose logits were not finite. Whatever their
+        adapter has in the prefix cache is dropped, for it may be the reason, and would
+        be for everyone to come.
     """
 
     duration_s: float
     produced: tuple[tuple[str, int], ...] = ()
     finished: tuple[str, ...] = ()
+    block_keys: tuple[tuple[str, str], ...] = ()
+    spoiled: tuple[str, ...] = ()
 
 
 Event: TypeAlias = (

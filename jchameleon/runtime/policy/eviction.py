@@ -12,6 +12,9 @@ from jchameleon.runtime.policy.candidates import Adapter, Candidates
 class EvictionPolicy(Protocol):
     """Orders the eviction candidates.
 
+    Cached KV blocks take their place in this order by themselves, see
+    `PrefixCache.goes_before`.
+
     A policy may also have any of these methods, which the planner calls where it
     finds them:
 

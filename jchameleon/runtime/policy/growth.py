@@ -24,6 +24,9 @@ def grow_rows(planner: "Planner", turn: Turn) -> None:
         if row.request.prompt_tokens + row.planned_tokens > row.kv_pages * block_tokens
         and row.decodes
     ]
+    if planner._space.can_free(len(short)):
+        # At once: the eviction policy is asked once, and not for every page.
+        turn.evicted += planner._space.free(len(short))
     for row in sorted(short, key=lambda row: row.seq):
         request_id = row.request.request_id
         if planner._running.get(request_id) is not row:

@@ -4,7 +4,8 @@ A log is a gzip file of JSON lines. The first is the header, an object; every ot
 `[now_s, [events], plan]`. Events, plans and what they hold are objects of their class's
 name, under "is", and the fields that are not at their default. Floats come back as they
 were, to the last bit; those without a JSON form are written Infinity and NaN. A log has
-lengths, ids and times of requests, and none of their tokens.
+lengths, ids and times of requests, and none of their tokens: keys of the prefix cache
+are digests, equal where requests begin alike.
 """
 
 import contextlib

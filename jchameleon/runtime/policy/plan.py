@@ -41,10 +41,15 @@ class Plan:
       forgotten: uids that were unregistered and that nothing here knows any more.
       admitted: request ids that start to run, in admission order.
       hits: those of `admitted` whose adapter was resident.
-      kv_pages: (request id, pages) for `admitted`, pages in token-block order.
+      kv_pages: (request id, pages) for `admitted`, pages in token-block order; some of
+        the first may be cached ones that several requests share.
+      cached: (request id, tokens) that requests need not run, because the pages behind
+        those they have run hold the KV entries already.
       lanes: (request id, lane, WRS) of those of `admitted` that came through a lane.
       bypasses: (request id, passed id): the first was admitted over the second, the
         head of its lane.
+      swapped: (request id, block, pages) of running requests whose pages from that
+        block on are replaced by cached ones with the same KV entries.
       grown: (request id, pages) that running requests get behind those they have.
       loads: adapter copies to start, in this order.
       prefill: prompt chunks; only of requests whose adapter is resident.
@@ -58,8 +63,10 @@ class Plan:
     admitted: tuple[str, ...] = ()
     hits: tuple[str, ...] = ()
     kv_pages: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    cached: tuple[tuple[str, int], ...] = ()
     lanes: tuple[tuple[str, int, float], ...] = ()
     bypasses: tuple[tuple[str, str], ...] = ()
+    swapped: tuple[tuple[str, int, tuple[int, ...]], ...] = ()
     grown: tuple[tuple[str, tuple[int, ...]], ...] = ()
     loads: tuple[Load, ...] = ()
     prefill: tuple[PrefillChunk, ...] = ()
@@ -90,8 +97,10 @@ class Books:
     """A snapshot of the planner's totals.
 
     Attributes:
-      free_pages, kv_pages, resident_pages, loading_pages: with the two reserved
-        pages they make up the pool; copies that wait for the link count as loading.
+      free_pages, kv_pages, cached_pages, resident_pages, loading_pages: with the two
+        reserved pages they make up the pool. A page that several running requests share
+        is one of `kv_pages`; `cached_pages` are blocks that no running request uses;
+        copies that wait for the link count as loading.
       hits, misses: admissions whose adapter was resident, or was not.
       loads: adapter copies started; load_failures: those of them that failed.
       waiting, running: requests in the line, and admitted ones.
@@ -101,6 +110,10 @@ class Books:
       grown_pages: pages given to rows beyond what they reserved at admission.
       stalls: times a row could not decode for want of a page.
       lanes: empty where the admission policy has none.
+      prefix_queried_tokens: tokens that admitted requests of the prefix cache had to
+        run; prefix_hit_tokens: those of them that they found there. Both again for a
+        request that was squashed.
+      evicted_blocks: cached blocks that made room.
     """
 
     free_pages: int
@@ -120,3 +133,7 @@ class Books:
     grown_pages: int = 0
     stalls: int = 0
     lanes: tuple[LaneStats, ...] = ()
+    cached_pages: int = 0
+    prefix_queried_tokens: int = 0
+    prefix_hit_tokens: int = 0
+    evicted_blocks: int = 0

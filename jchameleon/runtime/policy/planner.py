@@ -9,6 +9,7 @@ give the same plans.
 from collections.abc import Mapping, Sequence
 
 from jchameleon.runtime.policy.admission import AdmissionPolicy, Capacity
+from jchameleon.runtime.policy.ahead import loads_ahead
 from jchameleon.runtime.policy.blame import blaming
 from jchameleon.runtime.policy.estimator import Estimator
 from jchameleon.runtime.policy.events import (
@@ -28,13 +29,14 @@ from jchameleon.runtime.policy.invariants import check_planner
 from jchameleon.runtime.policy.limits import PlannerConfig
 from jchameleon.runtime.policy.line import PriorityLine
 from jchameleon.runtime.policy.pins import why_not_pin
-from jchameleon.runtime.policy.plan import Books, LaneStats, Load, Plan
+from jchameleon.runtime.policy.plan import Books, LaneStats, Plan
 from jchameleon.runtime.policy.pool import PagePool
 from jchameleon.runtime.policy.predictor import LengthPredictor
 from jchameleon.runtime.policy.prefetch import PrefetchPolicy
 from jchameleon.runtime.policy.request import Request
 from jchameleon.runtime.policy.residency import AdapterStats, Residency
-from jchameleon.runtime.policy.rows import Row, lay_out
+from jchameleon.runtime.policy.rows import Row, lay_out, reusable_blocks
+from jchameleon.runtime.policy.sharing import catch_up, keep_filled
 from jchameleon.runtime.policy.space import Space
 from jchameleon.runtime.policy.turn import Turn
 
@@ -80,6 +82,8 @@ class Planner:
         self._stalls = 0
         # What the last plan laid out, which the next StepDone reports on.
         self._laid_out_tokens = (0, 0)
+        self._prefilled: list[Row] = []
+        self._seen_blocks = 0  # of the prefix cache, when rows looked last
 
     def plan(self, now_s: float, events: Sequence[Event]) -> Plan:
         """Apply `events` in order and return what the engine is to do next.
@@ -98,18 +102,21 @@ class Planner:
             turn.evicted += self._space.forget(uid)
         self._residency.candidates.load_line = self._estimator.load_line()
         turn.evicted += self._space.drop_expired()
+        catch_up(self, turn)
         grow_rows(self, turn)
         turn.outgrown = [r for r in turn.outgrown if r.request_id in self._running]
         with blaming("admission", self._admission):
             self._admission.admit(turn)
             turn.settle_line()
         loads = self._space.start_loads(self.config.max_loads_in_flight, turn.evicted)
-        loads += self._prefetched(turn)
+        loads += loads_ahead(self, turn)
         prefill, decode = lay_out(
             self._running.values(),
             budget_tokens=self.config.max_batch_tokens,
             tile_tokens=self.config.prefill_tile_tokens,
+            block_tokens=self.config.block_tokens,
         )
+        self._prefilled = [self._running[c.request_id] for c in prefill]
         self._laid_out_tokens = (sum(c.length for c in prefill), len(decode))
         for load in loads:
             self._space.note_load(load.uid, now_s)
@@ -125,8 +132,10 @@ class Planner:
             admitted=tuple(turn.admitted),
             hits=tuple(turn.hits),
             kv_pages=tuple(turn.kv_pages),
+            cached=tuple(turn.cached),
             lanes=tuple(turn.lanes),
             bypasses=tuple(turn.bypasses),
+            swapped=tuple(turn.swapped),
             grown=tuple(turn.grown),
             loads=tuple(loads),
             prefill=prefill,
@@ -191,10 +200,11 @@ class Planner:
 
     def books(self) -> Books:
         """Return page and event totals as of the last plan."""
-        residency = self._residency
+        residency, prefix = self._residency, self._space.prefix
         return Books(
             free_pages=self._pool.free_pages,
             kv_pages=self._space.kv_pages,
+            cached_pages=prefix.idle_pages,
             resident_pages=residency.resident_pages,
             loading_pages=residency.loading_pages,
             hits=residency.hits,
@@ -210,6 +220,9 @@ class Planner:
             grown_pages=self._grown_pages,
             stalls=self._stalls,
             lanes=self._lanes(),
+            prefix_queried_tokens=prefix.queried_tokens,
+            prefix_hit_tokens=prefix.hit_tokens,
+            evicted_blocks=prefix.evicted_blocks,
         )
 
     def _lanes(self) -> tuple[LaneStats, ...]:
@@ -282,8 +295,17 @@ class Planner:
         if reason is not None:  # it would block the line for ever
             turn.failed.append((request_id, reason))
             return
+        if len(request.block_keys) * self.config.block_tokens > request.prompt_tokens:
+            raise ValueError(f"request_id={request_id!r} has keys beyond its prompt")
         predicted = self._predict(request)
-        row = Row(request, adapter, self._accepted, predicted, self._observed)
+        row = Row(
+            request,
+            adapter,
+            self._accepted,
+            predicted,
+            self._observed,
+            request.block_keys,
+        )
         self._waiting.add(request_id, row, request.priority)
         self._accepted += 1
         if adapter is not None:
@@ -317,6 +339,8 @@ class Planner:
             if row is None:
                 return None
             self._space.give_back(row, turn.now_s)
+            row.kv_pages = 0
+            turn.note_stop(request_id)
         turn.note_end(row.request)
         return row
 
@@ -342,6 +366,7 @@ class Planner:
                 event.duration_s, prefill_tokens=prefill_tokens, decode_rows=decode_rows
             )
             self._laid_out_tokens = (0, 0)
+        keep_filled(self, event, turn)
         for request_id, tokens in event.produced:
             row = self._running.get(request_id)
             if row is not None and row.produce(tokens):
@@ -363,7 +388,7 @@ class Planner:
         """Take a running request's pages and let it wait again."""
         request_id = row.request.request_id
         del self._running[request_id]
-        turn.grown = [one for one in turn.grown if one[0] != request_id]
+        turn.note_stop(request_id)
         self._space.give_back(row, turn.now_s)
         row.stop()
         self._squashes += 1
@@ -387,7 +412,8 @@ class Planner:
         kv_pages = self.config.kv_pages(
             row.request.prompt_tokens, self._reserved_tokens(row)
         )
-        spare_pages = self._space.spare_pages(kv_pages, row.adapter, without)
+        blocks = reusable_blocks(row, self.config.block_tokens)
+        spare_pages = self._space.spare_pages(kv_pages, row, blocks, without)
         return kv_pages, max(0, -spare_pages)
 
     def _try_admit(self, row: Row, turn: Turn) -> bool:
@@ -404,36 +430,11 @@ class Planner:
             if self._residency.acquire(adapter, turn.now_s):
                 turn.hits.append(request_id)
         row.start(kv_pages)
-        pages, evicted = self._space.place(row)
+        blocks = reusable_blocks(row, self.config.block_tokens)
+        pages, evicted = self._space.place(row, blocks)
         turn.evicted += evicted
+        turn.note_start(row)
         self._running[request_id] = row
         turn.admitted.append(request_id)
         turn.kv_pages.append((request_id, pages))
         return True
-
-    def _prefetched(self, turn: Turn) -> list[Load]:
-        """Ask the prefetch policy while link and pages are idle.
-
-        One place on the link is left for a request that is admitted next, and a page
-        for each row that may outgrow its own. While somebody lacks pages, nothing is
-        loaded ahead but what they need themselves.
-        """
-        # With a single place, prefetch may have it.
-        limit = max(1, self.config.max_loads_in_flight - 1)
-        residency = self._residency
-        loads: list[Load] = []
-        with blaming("prefetch", self._prefetch):
-            if self._observe_prefetch is not None:
-                self._observe_prefetch(turn)
-            if residency.loads_in_flight >= limit:
-                return []
-            keep_pages = sum(map(self._may_grow, self._running.values()))
-            for uid in self._prefetch.candidates(turn):
-                if turn.lacking and uid not in turn.lacking:
-                    continue
-                load = self._space.prefetch(uid, keep_pages=keep_pages)
-                if load is not None:
-                    loads.append(load)
-                    if residency.loads_in_flight >= limit:
-                        break
-        return loads

@@ -13,6 +13,8 @@ class PoolExhausted(JChameleonError, RuntimeError):
 class PagePool:
     """Hand out pages 2 .. num_pages - 1 to owners, each page to one owner at a time.
 
+    One owner, the prefix cache, holds pages one by one: `shelve` and `unshelve`.
+
     Raises:
       ValueError: the pool has no page beside the two reserved ones.
     """
@@ -24,11 +26,17 @@ class PagePool:
         # A stack with the lowest page on top: what was freed last is reused first.
         self._free = list(range(num_pages - 1, RESERVED_PAGES - 1, -1))
         self._owned: dict[Hashable, tuple[int, ...]] = {}
+        self._shelved: set[int] = set()
 
     @property
     def free_pages(self) -> int:
         """Pages that nobody owns, without the two reserved ones."""
         return len(self._free)
+
+    @property
+    def shelved_pages(self) -> int:
+        """Pages of the prefix cache."""
+        return len(self._shelved)
 
     def reserve(self, owner: Hashable, count: int) -> tuple[int, ...]:
         """Give `count` >= 1 free pages to a new owner and return them in order.
@@ -77,6 +85,35 @@ class PagePool:
         self._free.extend(reversed(pages))
         return len(pages)
 
+    def trim(self, owner: Hashable, count: int) -> None:
+        """Take back the first `count` pages of an owner, which may end up with none.
+
+        Raises:
+          KeyError: `owner` owns nothing.
+          ValueError: it owns fewer pages.
+        """
+        self._free.extend(reversed(self._split(owner, count)))
+
+    def shelve(self, owner: Hashable, count: int) -> tuple[int, ...]:
+        """Hand the first `count` pages of an owner to the prefix cache; return them.
+
+        Raises:
+          KeyError: `owner` owns nothing.
+          ValueError: it owns fewer pages.
+        """
+        pages = self._split(owner, count)
+        self._shelved.update(pages)
+        return pages
+
+    def unshelve(self, page: int) -> None:
+        """Take back one page of the prefix cache.
+
+        Raises:
+          KeyError: the cache does not hold it.
+        """
+        self._shelved.remove(page)
+        self._free.append(page)
+
     def pages_of(self, owner: Hashable) -> tuple[int, ...]:
         """Return the pages of `owner` in the order in which they were handed out.
 
@@ -90,12 +127,22 @@ class PagePool:
         return tuple(self._owned)
 
     def check(self) -> None:
-        """Assert that free and owned pages are exactly 2 .. num_pages - 1."""
-        pages = self._free + [p for owned in self._owned.values() for p in owned]
+        """Assert that all free and owned pages are exactly 2 .. num_pages - 1."""
+        pages = [p for owned in self._owned.values() for p in owned]
+        pages += [*self._free, *self._shelved]
         assert sorted(pages) == list(range(RESERVED_PAGES, self.num_pages)), (
             "pages lost, doubled or reserved ones handed out"
         )
-        assert all(self._owned.values()), "an owner without pages"
+
+    def _split(self, owner: Hashable, count: int) -> tuple[int, ...]:
+        """Take the first `count` pages from an owner and return them."""
+        pages = self._owned[owner]
+        if not 0 <= count <= len(pages):
+            raise ValueError(
+                f"{owner!r} owns {len(pages)} pages, {count=} must be among"
+            )
+        self._owned[owner] = pages[count:]
+        return pages[:count]
 
     def _take(self, owner: Hashable, count: int) -> tuple[int, ...]:
         if count < 1:

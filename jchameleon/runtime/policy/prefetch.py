@@ -53,9 +53,10 @@ class PrefetchPolicy(Protocol):
         """Yield uids of registered adapters; one that is not is passed over.
 
         The planner asks only while the link has room and nothing waits for it, and
-        evicts nothing. It skips those on the device and those too large for the free
-        pages, of which it keeps one for each row that may outgrow its own; and while
-        somebody lacks pages to start, all but the adapters of those who do.
+        evicts no adapter. It skips those on the device and those too large for pages
+        that are free or hold idle cached blocks, of which it keeps one for each row
+        that may outgrow its own; and while somebody lacks pages to start, all but the
+        adapters of those who do.
         """
 
 

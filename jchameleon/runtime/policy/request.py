@@ -16,6 +16,10 @@ class Request:
       expected_tokens: the caller's own estimate of its output, 1 .. max_tokens, or
         None; only predictors that say so read it.
       priority: lower numbers are admitted first.
+      block_keys: one for each full KV block of its prompt, equal to another request's
+        exactly where adapter, salt and all tokens up to the block's end are; empty
+        where it neither uses nor fills the prefix cache, or its prompt has no full
+        block.
     """
 
     request_id: str
@@ -25,6 +29,7 @@ class Request:
     arrival_s: float = 0.0
     expected_tokens: int | None = None
     priority: int = 0
+    block_keys: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.prompt_tokens < 1:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from jchameleon.runtime.policy.admission import Capacity
 from jchameleon.runtime.policy.candidates import State
 from jchameleon.runtime.policy.estimator import Estimator
+from jchameleon.runtime.policy.prefix import released_pages
 from jchameleon.runtime.policy.request import Request
 from jchameleon.runtime.policy.rows import Row
 
@@ -30,6 +31,8 @@ class Turn:
         self.kv_pages: list[tuple[str, tuple[int, ...]]] = []
         self.lanes: list[tuple[str, int, float]] = []
         self.bypasses: list[tuple[str, str]] = []
+        self.cached: list[tuple[str, int]] = []
+        self.swapped: list[tuple[str, int, tuple[int, ...]]] = []
         self.grown: list[tuple[str, tuple[int, ...]]] = []
         self.squashed: list[tuple[str, str]] = []
         self.evicted: list[str] = []
@@ -170,6 +173,31 @@ class Turn:
         if self._arrived.pop(request.request_id, None) is None:
             self.ended.append(request)
 
+    def note_swap(self, row: Row, first_block: int, pages: tuple[int, ...]) -> None:
+        """Report pages that a running row has got for those it had."""
+        if pages:
+            self.swapped.append((row.request.request_id, first_block, pages))
+
+    def note_start(self, row: Row) -> None:
+        """Let an admitted row begin behind the blocks that it holds, and report it."""
+        planner = self._planner
+        if row.keys:
+            planner._space.prefix.queried_tokens += row.prefill_tokens
+        if row.blocks:
+            self.note_cached(row, len(row.blocks) * planner.config.block_tokens)
+
+    def note_cached(self, row: Row, tokens: int) -> None:
+        """Let a row skip tokens that it need not run; report and count them."""
+        row.prefilled_tokens += tokens
+        self._planner._space.prefix.hit_tokens += tokens
+        self.cached.append((row.request.request_id, tokens))
+
+    def note_stop(self, request_id: str) -> None:
+        """Take back what was reported of pages that a request no longer has."""
+        self.grown = [one for one in self.grown if one[0] != request_id]
+        self.swapped = [one for one in self.swapped if one[0] != request_id]
+        self.cached = [one for one in self.cached if one[0] != request_id]
+
     def return_to_line(self, row: Row) -> None:
         """Put a squashed row before all of its priority."""
         request = row.request
@@ -195,8 +223,10 @@ class Turn:
         if self._releases is None:
             refs: dict[str, int] = {}
             releases = self._planner._space.copies_ahead(self.estimator)
-            for ends_in_s, row in self._predicted_ends():
-                pages, adapter = row.kv_pages, row.adapter
+            ends = self._predicted_ends()
+            kv_pages = released_pages([row for _, row in ends])
+            for (ends_in_s, row), pages in zip(ends, kv_pages, strict=True):
+                adapter = row.adapter
                 if adapter is not None:
                     refs[adapter.uid] = refs.get(adapter.uid, 0) + 1
                     if refs[adapter.uid] == adapter.refs and not adapter.pinned:
