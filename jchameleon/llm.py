@@ -264,37 +264,17 @@ class LLM:
 
     def stats(self) -> EngineStats:
         """Return the engine's totals."""
-        books = self._engine.books()
         host = self._host.stats()
         link = emulated_link(self._executor.config)
-        return EngineStats(
+        return EngineStats.of(
+            self._engine.books(),
             page_bytes=self._page_bytes,
             total_pages=self._executor.num_pages - 2,
-            kv_pages=books.kv_pages,
-            cached_pages=books.cached_pages,
-            adapter_pages=books.resident_pages + books.loading_pages,
-            free_pages=books.free_pages,
-            hits=books.hits,
-            misses=books.misses,
-            loads=books.loads,
-            load_failures=books.load_failures,
-            evictions=books.evictions,
             host_bytes=host.host_bytes,
             host_adapters=host.host_adapters,
             host_hits=host.host_hits,
             disk_reads=host.disk_reads,
             emulated_link=None if link is None else str(link),
-            bypasses=books.bypasses,
-            squashes=books.squashes,
-            growth_squashes=books.growth_squashes,
-            grown_pages=books.grown_pages,
-            stalls=books.stalls,
-            lanes=books.lanes,
-            prefix_queried_tokens=books.prefix_queried_tokens,
-            prefix_hit_tokens=books.prefix_hit_tokens,
-            evicted_blocks=books.evicted_blocks,
-            waiting=books.waiting,
-            running=books.running,
             programs=len(self._executor.compile_seconds),
         )
 

@@ -1,10 +1,10 @@
 """What the front doors return: outputs, pieces of them, adapters and totals."""
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal, Self
 
 from jchameleon.runtime.outbox import FinishReason, RequestTiming, TokenLogprobs
-from jchameleon.runtime.policy.plan import LaneStats
+from jchameleon.runtime.policy.plan import Books, LaneStats
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -207,3 +207,15 @@ class EngineStats:
     waiting: int
     running: int
     programs: int
+
+    @classmethod
+    def of(cls, books: Books, **engine: Any) -> Self:
+        """Return the planner's totals and, by field, what only the engine knows."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        totals = {
+            field.name: getattr(books, field.name)
+            for field in dataclasses.fields(books)
+            if field.name in known
+        }
+        adapter_pages = books.resident_pages + books.loading_pages
+        return cls(**totals, adapter_pages=adapter_pages, **engine)

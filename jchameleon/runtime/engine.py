@@ -38,6 +38,7 @@ from jchameleon.runtime.executor import Executor
 from jchameleon.runtime.leases import AdapterLease
 from jchameleon.runtime.live import LiveRequest
 from jchameleon.runtime.loads import AdapterLoads
+from jchameleon.runtime.orders import carry_out
 from jchameleon.runtime.outbox import FinishReason, Outbox
 from jchameleon.runtime.policy.events import (
     AdapterRegistered,
@@ -377,34 +378,10 @@ class Engine:
     def _apply(self, plan: Plan, now_s: float) -> None:
         for request_id, why in plan.failed:
             self._finish(request_id, "error", why)
-        for request_id, _ in plan.squashed:
-            live = self._live[request_id]
-            self._loads.forget(live)
-            live.squash(now_s)
-        for evicted_uid in plan.evicted:
-            self._executor.evict(evicted_uid)
         self.adapters.note_forgotten(plan.forgotten)
-        hits = set(plan.hits)
-        for request_id, pages in plan.kv_pages:
-            live, hit = self._live[request_id], request_id in hits
-            live.admit(
-                pages, max_blocks=self._executor.max_blocks, hit=hit, now_s=now_s
-            )
-            if not hit:
-                self._loads.wait(live)
-        for request_id, tokens in plan.cached:
-            self._live[request_id].cached_tokens += tokens
-        for request_id, lane, wrs in plan.lanes:
-            self._live[request_id].enter_lane(lane, wrs)
-        for _, passed_id in plan.bypasses:
-            if passed_id in self._live:  # not rejected right after
-                self._live[passed_id].bypasses += 1
-        for request_id, block, pages in plan.swapped:
-            self._live[request_id].swap(block, pages)
-        for request_id, pages in plan.grown:
-            self._live[request_id].grow(pages)
-        for load in plan.loads:
-            self._loads.start(load)
+        carry_out(
+            plan, now_s, live=self._live, loads=self._loads, executor=self._executor
+        )
 
     def _step(self, plan: Plan, iteration_s: float) -> StepDone:
         start_s = time.monotonic()
