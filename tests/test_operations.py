@@ -1,0 +1,87 @@
+"""Which operations a backend stands for, and that all of them give the same tokens."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from random_adapters import write_random_adapter
+
+from jchameleon import LLM, SamplingParams
+from jchameleon.config import ModelConfig
+from jchameleon.errors import ConfigError
+from jchameleon.pallas import cpu_attention, cpu_ffi
+from jchameleon.pallas.operations import CPU, XLA, operations
+
+F32, BF16 = np.dtype(np.float32), np.dtype("bfloat16")
+RANKS = {"a": 8, "b": 40, "c": 3}
+
+
+@pytest.mark.parametrize(
+    ("backend", "platform", "dtype", "expected"),
+    [
+        ("auto", "cpu", F32, CPU),
+        ("auto", "cpu", BF16, XLA),
+        ("auto", "gpu", F32, XLA),
+        ("cpu", "cpu", F32, CPU),
+        ("xla", "cpu", F32, XLA),
+    ],
+)
+def test_backend_stands_for_what_serves_device_and_dtype(
+    backend, platform, dtype, expected
+):
+    assert operations(backend, platform=platform, dtype=dtype) is expected
+
+
+@pytest.mark.parametrize(("platform", "dtype"), [("cpu", BF16), ("gpu", F32)])
+def test_cpu_backend_elsewhere_is_refused(platform, dtype):
+    with pytest.raises(ConfigError, match="backend='cpu' needs .* use backend='xla'"):
+        operations("cpu", platform=platform, dtype=dtype)
+
+
+def test_engine_refuses_a_backend_that_does_not_serve_its_dtype():
+    with pytest.raises(ConfigError, match="backend='cpu' needs dtype='float32'"):
+        LLM(model="tiny", backend="cpu", dtype="bfloat16")
+    with pytest.raises(ConfigError, match="backend='cuda' must be"):
+        LLM(model="tiny", backend="cuda")
+
+
+@given(st.integers(1, 2000))
+def test_parts_cover_all_units_once_and_are_few(units):
+    parts = list(cpu_ffi.parts(units))
+    assert [u for first, n in parts for u in range(first, first + n)] == [*range(units)]
+    assert len(parts) <= cpu_ffi.PARTS
+    assert max(n for _, n in parts) <= min(n for _, n in parts[:-1] or parts)
+
+
+def test_exponential_is_that_of_numpy_and_keeps_nan():
+    x = -np.concatenate([np.linspace(0, 90, 20_001), np.geomspace(1e-30, 1, 500)])
+    x = x.astype(np.float32)
+    found = np.array([cpu_attention._exp(value) for value in x])
+    expected = np.exp(np.maximum(x, np.float32(-87)).astype(np.float64))
+    np.testing.assert_allclose(found, expected, rtol=3e-7)
+    assert np.isnan(cpu_attention._exp(np.float32(np.nan)))
+
+
+def test_backends_give_the_same_tokens(tmp_path):
+    model = ModelConfig.preset("tiny")
+    paths = {
+        name: write_random_adapter(
+            tmp_path / name, model, rank=rank, targets=("q", "v", "o", "down"), seed=i
+        )
+        for i, (name, rank) in enumerate(RANKS.items())
+    }
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(0, 200, n).tolist() for n in (1, 17, 40, 133, 64, 5)]
+    names = [None, "a", "b", "c", "a", None]
+    options = {"max_running": 8, "max_model_len": 256, "max_batch_tokens": 96}
+    tokens = {}
+    for backend in ("xla", "cpu"):
+        with LLM("tiny", adapters=paths, backend=backend, **options) as llm:
+            outputs = llm.generate(
+                prompts,
+                names,
+                SamplingParams(max_tokens=24, temperature=0.0, ignore_eos=True),
+            )
+        tokens[backend] = [output.token_ids for output in outputs]
+    assert tokens["cpu"] == tokens["xla"]
+    assert len({tokens["xla"][i] for i in range(6)}) == 6
