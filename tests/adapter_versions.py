@@ -46,12 +46,15 @@ def check_books(llm, names):
             set(engine._planner._residency.uids()),
             set(engine.adapters._received),
             set(llm._executor._builder._adapter_pages),
+            set(engine._planner._space.prefix._blocks),
         )
     )
     assert known[0] == known[1] == uids
     assert known[2] <= uids
+    assert known[3] <= uids | {None}, "KV blocks outlive their adapter"
     assert llm._host._paths.keys() == uids
     assert llm._host._kept.keys() <= uids
-    assert stats.free_pages + stats.adapter_pages == stats.total_pages
+    held_pages = stats.adapter_pages + stats.cached_pages
+    assert stats.free_pages + held_pages == stats.total_pages
     assert len(engine._open_ids) == 0
     return stats

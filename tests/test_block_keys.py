@@ -44,6 +44,9 @@ def test_keys_do_not_depend_on_how_a_prompt_lies_in_memory():
         assert keys_of(other).keys == keys_of(prompt).keys
 
 
+NO_END = {"tokenizer": None, "eos_token_ids": frozenset()}
+
+
 def test_keys_of_output_are_those_that_a_prompt_of_it_all_has():
     prompt, output = list(range(10)), list(range(100, 131))
     sampling = SamplingParams(max_tokens=len(output), ignore_eos=True)
@@ -57,11 +60,11 @@ def test_keys_of_output_are_those_that_a_prompt_of_it_all_has():
             outbox=Outbox(),
             block_keys=keys_of(prompt, "a", "s", block_tokens),
         )
-        live = LiveRequest(submission, seed=(0, 0), tokenizer=None)
+        live = LiveRequest(submission, seed=(0, 0), **NO_END)
         found = list(submission.request().block_keys)
         for step, token in enumerate(output):
             found.append(live.filled_key())
-            live.add(token, 0.0, eos_token_ids=frozenset())
+            live.add(token, 0.0)
             if step % 7 == 6:
                 # Squashed: all tokens run again, and the last draws another one.
                 live.squash(0.0)
@@ -71,10 +74,10 @@ def test_keys_of_output_are_those_that_a_prompt_of_it_all_has():
         assert tuple(found) == whole.keys
         without = dataclasses.replace(submission, block_keys=None)
         assert without.request().block_keys == ()
-        live = LiveRequest(without, seed=(0, 0), tokenizer=None)
+        live = LiveRequest(without, seed=(0, 0), **NO_END)
         for token in output:
             assert live.filled_key() is None
-            live.add(token, 0.0, eos_token_ids=frozenset())
+            live.add(token, 0.0)
 
 
 def test_next_key_follows_from_the_last_whether_there_is_a_block_or_not():

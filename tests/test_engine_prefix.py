@@ -41,12 +41,12 @@ def poison_before_every_step(llm):
     engine, executor = llm.engine, llm._executor
     step = engine._step
 
-    def poisoned_step(plan):
+    def poisoned_step(*args):
         free = engine._planner._pool._free
         # Always as many, so that it compiles once; the trash page may hold anything.
         executor.poison(free + [1] * (executor.num_pages - len(free)))
         engine._planner.check()
-        return step(plan)
+        return step(*args)
 
     engine._step = poisoned_step
 
