@@ -49,8 +49,9 @@ def test_engine_refuses_a_backend_that_does_not_serve_its_dtype():
 def test_parts_cover_all_units_once_and_are_few(units):
     parts = list(cpu_ffi.parts(units))
     assert [u for first, n in parts for u in range(first, first + n)] == [*range(units)]
-    assert len(parts) <= cpu_ffi.PARTS
-    assert max(n for _, n in parts) <= min(n for _, n in parts[:-1] or parts)
+    assert len(parts) == min(units, cpu_ffi.PARTS)
+    sizes = [n for _, n in parts]
+    assert max(sizes) - min(sizes) <= 1
 
 
 def test_exponential_is_that_of_numpy_and_keeps_nan():

@@ -63,6 +63,9 @@ def run(args: argparse.Namespace) -> None:
     prompts = _prompts(args.prompt, args.prompt_file)
     adapters = _adapters(args.adapter)
     uses = _uses(args.use, adapters, num_prompts=len(prompts))
+    # No programs for more rows than there will be: each takes time to load.
+    most = min(EngineConfig().max_running, len(uses) * sampling.n)
+    engine.setdefault("max_running", most)
 
     from jchameleon.llm import LLM
 

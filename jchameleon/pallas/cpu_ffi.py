@@ -7,6 +7,7 @@ through bare pointers: the shapes were checked when the call was traced.
 """
 
 import ctypes
+import os
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -24,9 +25,10 @@ _DATA, _DIMS = 24, 40  # of XLA_FFI_Buffer
 _API_VERSION = 32  # major and minor in XLA_FFI_Api, as one word
 _METADATA, _METADATA_VERSION = 24, 24  # of the extension; of XLA_FFI_Metadata
 
-PARTS = 16
+PARTS = max(10, os.cpu_count() or 1)
 """Calls that one operation is cut into. XLA's executor shares calls among its threads
-once more than eight of them are ready (jaxlib 0.10.2, `kSplitThreshold`)."""
+once more than eight of them are ready (jaxlib 0.10.2, `kSplitThreshold`); beyond one
+for each core, more calls only make programs larger and slower to load."""
 
 FAST_MATH = {"contract", "reassoc", "nsz", "arcp"}
 """Sums in any order, fused multiply-add; NaN and infinity keep their meaning."""
@@ -126,9 +128,13 @@ def result_dim(frame: int, index: int, axis: int) -> int:
 
 def parts(units: int) -> Iterator[tuple[int, int]]:
     """Yield (first unit, units) of each call, at most `PARTS` of about equal size."""
-    size = -(-units // PARTS)
-    for first in range(0, units, size):
-        yield first, min(size, units - first)
+    size, larger = divmod(units, min(units, PARTS))
+    first = 0
+    while first < units:
+        count = size + (larger > 0)
+        larger -= 1
+        yield first, count
+        first += count
 
 
 def register(name: str, handler: Callable[[int], int]) -> None:
