@@ -1,8 +1,7 @@
 """Lay the rows of a step out as the arrays that its program takes."""
 
-import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -20,8 +19,7 @@ Fewer than all powers of two: every size is a program to compile at start.
 """
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class StepRow:
+class StepRow(NamedTuple):
     """One request's part of a step.
 
     Attributes:

@@ -127,6 +127,7 @@ class Engine:
             listener=listener,
         )
         self._live: dict[str, LiveRequest] = {}
+        self._undelivered: dict[str, tuple[LiveRequest, DrawnToken]] = {}
         self._deadlines = Deadlines(self._live)
         self._records: collections.deque[StepRecord] = collections.deque(
             maxlen=RECORDED_STEPS
@@ -308,6 +309,8 @@ class Engine:
         caused: list[Event] = [*self.adapters.take_pins()]
         if plan.prefill or plan.decode:
             caused.append(self._step(plan, start_s))
+        else:
+            self._deliver()
         return caused
 
     def _receive(self, *, block: bool) -> list[Event]:
@@ -385,7 +388,7 @@ class Engine:
 
     def _step(self, plan: Plan, iteration_s: float) -> StepDone:
         start_s = time.monotonic()
-        output = run_step(self._executor, self._live, plan)
+        output = run_step(self._executor, self._live, plan, meanwhile=self._deliver)
         now_s = time.monotonic()
         for request_id, packed in output.scored:
             self._live[request_id].add_scores(packed)
@@ -414,8 +417,17 @@ class Engine:
         if reason is not None:
             self._finish(request_id, reason, drawn=drawn)
             return True
-        live.submission.outbox.put(request_id, live.delta(drawn))
+        self._undelivered[request_id] = live, drawn
         return False
+
+    def _deliver(self) -> None:
+        """Turn the last step's tokens into text and send them, while the next one runs.
+
+        Detokenising and waking readers takes longer than planning does.
+        """
+        for request_id, (live, drawn) in self._undelivered.items():
+            live.submission.outbox.put(request_id, live.delta(drawn))
+        self._undelivered.clear()
 
     def _finish(
         self,
@@ -426,6 +438,8 @@ class Engine:
         drawn: DrawnToken | None = None,
     ) -> None:
         """Send the last delta; pages return with the event that the caller reports."""
+        if request_id in self._undelivered:
+            self._deliver()
         live = self._live.pop(request_id)
         self._loads.forget(live)
         delta = live.last_delta(reason, time.monotonic(), error=error, drawn=drawn)

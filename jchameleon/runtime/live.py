@@ -50,7 +50,13 @@ class LiveRequest:
         self._owes_prompt_logprobs = sampling.prompt_logprobs is not None
         self._tokens = np.zeros(len(prompt) + sampling.max_tokens, np.int32)
         self._tokens[: len(prompt)] = prompt
-        self._seed = seed
+        self._how_to_draw = (
+            0.0 if sampling.greedy else sampling.temperature,
+            sampling.top_k,
+            sampling.top_p,
+            sampling.min_p,
+            seed,
+        )
         self._text = OutputText(
             tokenizer, sampling.stop, include_stop=sampling.include_stop
         )
@@ -140,16 +146,11 @@ class LiveRequest:
         assert self._pages is not None, "planned before it was admitted"
         sampling = None
         if end == self.num_tokens:
-            params = self.submission.sampling
             sampling = RowSampling(
-                temperature=0.0 if params.greedy else params.temperature,
-                top_k=params.top_k,
-                top_p=params.top_p,
-                min_p=params.min_p,
-                seed=self._seed,
+                *self._how_to_draw,
                 position=end,
                 edits=self._edits,
-                logprobs=params.logprobs,
+                logprobs=self.submission.sampling.logprobs,
             )
         return StepRow(
             tokens=self._tokens[start:end],
@@ -157,7 +158,7 @@ class LiveRequest:
             pages=self._pages,
             adapter_uid=self.submission.adapter_uid,
             sampling=sampling,
-            targets=self._targets(start, end),
+            targets=self._targets(start, end) if self._owes_prompt_logprobs else None,
         )
 
     def _targets(self, start: int, end: int) -> Targets | None:
@@ -197,14 +198,23 @@ class LiveRequest:
             if params.include_stop:
                 self._text.push(token)
             return "stop"
-        if self._text.push(token, may_stop=num_output > params.min_tokens):
+        # Without stop strings the text decides nothing, and `delta` sees to it later.
+        may_stop = num_output > params.min_tokens
+        if params.stop and self._text.push(token, may_stop=may_stop):
             return "stop"
         if self.num_tokens == len(self._tokens):
+            if not params.stop:
+                self._text.push(token)
             return "length"
         return None
 
     def delta(self, drawn: DrawnToken) -> Delta:
-        """Return what is new with a drawn token."""
+        """Return what is new with a drawn token, which is not the last.
+
+        To be asked after each `add`, before the next one.
+        """
+        if not self.submission.sampling.stop:
+            self._text.push(drawn.token)
         logprobs = None if drawn.logprobs is None else (drawn.logprobs,)
         return Delta(
             token_ids=(drawn.token,),

@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
@@ -29,12 +29,17 @@ class StepOutput:
 
 
 def run_step(
-    executor: Executor, live: Mapping[str, LiveRequest], plan: Plan
+    executor: Executor,
+    live: Mapping[str, LiveRequest],
+    plan: Plan,
+    *,
+    meanwhile: Callable[[], None],
 ) -> StepOutput:
     """Run what a plan lays out.
 
     Args:
       live: running requests by id.
+      meanwhile: called once, when the device has its work and before it is waited for.
     """
     prompt_ids = [c.request_id for c in plan.prefill]
     prompts = [
@@ -46,6 +51,7 @@ def run_step(
     # Both are dispatched before either is waited for.
     prefill = executor.prefill(prompts) if prompts else None
     decode = executor.decode(rows) if rows else None
+    meanwhile()
     drawn: list[tuple[str, DrawnToken]] = []
     scored: list[tuple[str, np.ndarray]] = []
     for step, ids in ((prefill, prompt_ids), (decode, plan.decode)):
