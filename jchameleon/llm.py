@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from jchameleon.config import EngineConfig
-from jchameleon.errors import InvalidRequestError, JChameleonError
+from jchameleon.errors import ConfigError, InvalidRequestError, JChameleonError
 from jchameleon.lifecycle import AdapterLifecycle
 from jchameleon.lora.peft import load_peft_adapter
 from jchameleon.models.chat import ChatTemplate
@@ -57,7 +57,7 @@ class LLM:
 
     def __init__(
         self,
-        model: str | Path = "smollm2-135m",
+        model: str | Path | LoadedModel = "smollm2-135m",
         *,
         adapters: Mapping[str, str | Path] | None = None,
         **options: Any,
@@ -66,7 +66,7 @@ class LLM:
 
         Args:
           model: preset name, GGUF file, or directory in Hugging Face's form or as
-            `save` writes it.
+            `save` writes it; or what `load_model` returned for the same dtype.
           adapters: name -> PEFT directory.
           options: fields of `EngineConfig`.
 
@@ -83,7 +83,14 @@ class LLM:
             raise InvalidRequestError(
                 f"adapters={adapters!r:.60} must map names to PEFT directories"
             )
-        loaded = load_model(str(model), dtype=config.dtype)
+        loaded = model
+        if not isinstance(loaded, LoadedModel):
+            loaded = load_model(str(loaded), dtype=config.dtype)
+        elif loaded.dtype != config.dtype:
+            raise ConfigError(
+                f"model was loaded as {loaded.dtype}; dtype={config.dtype!r} must be "
+                "the same"
+            )
         self.model_config = loaded.config
         self.tokenizer = loaded.tokenizer
         self._chat_template = loaded.chat_template

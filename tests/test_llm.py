@@ -22,6 +22,7 @@ from jchameleon.errors import (
     UnknownModelError,
 )
 from jchameleon.llm import LLM
+from jchameleon.models.loader import load_model
 from jchameleon.runtime.outbox import Outbox
 from jchameleon.sampling import SamplingParams
 
@@ -433,3 +434,13 @@ def test_chat_without_a_template_is_refused(llm):
     for talk in (llm.chat, llm.chat_tokens, llm.chat_prompt):
         with pytest.raises(InvalidRequestError, match="'tiny' has no chat template"):
             talk("Hi")
+
+
+def test_loaded_model_is_taken_as_it_is_and_only_in_its_dtype():
+    loaded = load_model("tiny", dtype="float32")
+    with LLM(loaded, max_running=1, max_batch_tokens=64, max_model_len=64) as llm:
+        assert llm.model_config == loaded.config
+        [output] = llm.generate([[1, 2, 3]])
+        assert output.finish_reason == "length"
+    with pytest.raises(ConfigError, match="loaded as float32; dtype='bfloat16' must"):
+        LLM(loaded, dtype="bfloat16")

@@ -1,6 +1,7 @@
 """`jchameleon generate`: answer prompts, each through the base model or an adapter."""
 
 import argparse
+import concurrent.futures
 import dataclasses
 import json
 import re
@@ -17,6 +18,7 @@ from jchameleon.errors import (
     RequestFailedError,
     UnknownAdapterError,
 )
+from jchameleon.models.loader import load_model
 from jchameleon.runtime.policy.presets import (
     build_policies,
     load_policy,
@@ -67,9 +69,13 @@ def run(args: argparse.Namespace) -> None:
     most = min(EngineConfig().max_running, len(uses) * sampling.n)
     engine.setdefault("max_running", most)
 
-    from jchameleon.llm import LLM
+    # Weights are read on one core while jax is imported on another.
+    with concurrent.futures.ThreadPoolExecutor(1) as reader:
+        read = reader.submit(load_model, args.model, dtype=args.dtype)
+        from jchameleon.llm import LLM
 
-    with LLM(args.model, adapters=adapters, dtype=args.dtype, **engine) as llm:
+        model = read.result()
+    with LLM(model, adapters=adapters, dtype=args.dtype, **engine) as llm:
         inputs = _templated(llm, prompts, chat=args.chat)
         if len(inputs) == 1 and sampling.n == 1 and not args.json:
             _stream_one(llm, inputs[0], uses[0], sampling)

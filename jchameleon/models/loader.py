@@ -48,6 +48,11 @@ class LoadedModel(ModelCard):
 
     params: Params
 
+    @property
+    def dtype(self) -> str:
+        """Element type of the parameters."""
+        return self.params["embed"].dtype.name
+
 
 def load_model(name_or_path: str, *, dtype: str) -> LoadedModel:
     """Load a preset by name, a Hugging Face or Orbax directory, or a .gguf file.
