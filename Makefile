@@ -11,9 +11,11 @@ PYTHON ?= $(shell for p in python3.11 python3; do \
 	$$p -c '' >/dev/null 2>&1 && echo $$p && break; done)
 PYTHON312 ?= python3.12
 PYTEST_ARGS ?=
-# No compiler, no weights, no torch: what policies, adapter files and sampling do.
+# No weights, no torch: what policies, adapter files and sampling do, and the compiled
+# loops, which speak with another XLA there.
 SMOKE_TESTS := tests/test_imports.py tests/test_config.py tests/test_output.py \
-	tests/test_sampling_params.py tests/test_lora_*.py tests/test_policy_*.py
+	tests/test_sampling_params.py tests/test_lora_*.py tests/test_policy_*.py \
+	tests/test_operations.py tests/test_multi_lora.py
 # Twice quiet: warnings about the index are not ours to fix; errors still show. Byte code
 # for every file of jax and torch takes long; what runs is compiled when imported.
 PIP_FLAGS := -qq --disable-pip-version-check --no-input --no-compile

@@ -253,18 +253,21 @@ def test_disk_that_is_full_leaves_nothing(tmp_path, form):
     code = (
         "import resource, signal\n"
         "from pathlib import Path\n"
+        "from jchameleon.errors import ModelSaveError\n"
         "from jchameleon.models.export import save_model\n"
         "from jchameleon.models.loader import load_model\n"
         "model = load_model('tiny', dtype='float32')\n"
         f"if {form!r} == 'orbax': import jchameleon.models.orbax_params\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))\n"
-        f"save_model(model, Path({str(tmp_path / 'out')!r}), form={form!r})\n"
+        "try:\n"
+        f"    save_model(model, Path({str(tmp_path / 'out')!r}), form={form!r})\n"
+        "except ModelSaveError as error:\n"
+        "    print(error)\n"
     )
+    # Orbax's own threads may say more on standard error, before or after.
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode != 0
-    last = done.stderr.strip().splitlines()[-1]
-    assert "ModelSaveError: cannot write" in last, done.stderr
+    assert done.stdout.startswith("cannot write "), done.stderr
     assert list(tmp_path.iterdir()) == []
 
 
