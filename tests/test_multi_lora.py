@@ -22,7 +22,7 @@ from jchameleon.pallas.multi_lora import (
     multi_lora,
     tile_tokens,
 )
-from jchameleon.pallas.operations import operations
+from jchameleon.pallas.operations import CPU, compile_operations
 from jchameleon.pallas.reference import multi_lora_reference
 
 QKVO = ("q", "k", "v", "o")
@@ -41,7 +41,7 @@ FORMS = {
     "cpu": multi_lora_cpu,
     "reference": multi_lora_reference,
 }
-operations("cpu", platform="cpu", dtype=np.dtype(np.float32))  # compiles it
+compile_operations(CPU)
 
 # Widths that are no multiples of 64, so that blocks are padded and straddle pages.
 ODD = ModelConfig(

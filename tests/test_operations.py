@@ -10,7 +10,7 @@ from jchameleon import LLM, SamplingParams
 from jchameleon.config import ModelConfig
 from jchameleon.errors import ConfigError
 from jchameleon.pallas import cpu_attention, cpu_ffi
-from jchameleon.pallas.operations import CPU, XLA, operations
+from jchameleon.pallas.operations import CPU, XLA, choose_operations
 
 F32, BF16 = np.dtype(np.float32), np.dtype("bfloat16")
 RANKS = {"a": 8, "b": 40, "c": 3}
@@ -29,13 +29,13 @@ RANKS = {"a": 8, "b": 40, "c": 3}
 def test_backend_stands_for_what_serves_device_and_dtype(
     backend, platform, dtype, expected
 ):
-    assert operations(backend, platform=platform, dtype=dtype) is expected
+    assert choose_operations(backend, platform=platform, dtype=dtype) is expected
 
 
 @pytest.mark.parametrize(("platform", "dtype"), [("cpu", BF16), ("gpu", F32)])
 def test_cpu_backend_elsewhere_is_refused(platform, dtype):
     with pytest.raises(ConfigError, match="backend='cpu' needs .* use backend='xla'"):
-        operations("cpu", platform=platform, dtype=dtype)
+        choose_operations("cpu", platform=platform, dtype=dtype)
 
 
 def test_engine_refuses_a_backend_that_does_not_serve_its_dtype():

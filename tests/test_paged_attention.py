@@ -17,7 +17,7 @@ from jchameleon.models.llama import Llama
 from jchameleon.models.params import random_params
 from jchameleon.pallas.cpu_attention import paged_attention_cpu
 from jchameleon.pallas.multi_lora import LoraWork, build_lora_work, max_work_items
-from jchameleon.pallas.operations import CPU, XLA, operations
+from jchameleon.pallas.operations import CPU, XLA, compile_operations
 from jchameleon.pallas.paged_attention import (
     CONTEXT_TOKENS_PER_STEP,
     paged_attention,
@@ -29,7 +29,7 @@ from jchameleon.pallas.reference import (
 )
 from jchameleon.runtime.programs import ModelParams, StepBatch, model_step
 
-operations("cpu", platform="cpu", dtype=np.dtype(np.float32))  # compiles it
+compile_operations(CPU)
 
 FORMS = {
     "xla": (write_kv, paged_attention),

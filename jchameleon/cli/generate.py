@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from jchameleon.cli.options import add_model, comma_names
 from jchameleon.cli.sampling import add_sampling, sampling_params
-from jchameleon.config import EngineConfig
+from jchameleon.config import PREFILL_TILE_TOKENS, EngineConfig
 from jchameleon.errors import (
     InvalidRequestError,
     RequestFailedError,
@@ -65,9 +65,12 @@ def run(args: argparse.Namespace) -> None:
     prompts = _prompts(args.prompt, args.prompt_file)
     adapters = _adapters(args.adapter)
     uses = _uses(args.use, adapters, num_prompts=len(prompts))
-    # No programs for more rows than there will be: each takes time to load.
-    most = min(EngineConfig().max_running, len(uses) * sampling.n)
-    engine.setdefault("max_running", most)
+    defaults = EngineConfig()
+    rows = min(defaults.max_running, len(uses) * sampling.n)
+    rows = engine.setdefault("max_running", rows)
+    engine.setdefault(
+        "max_batch_tokens", min(defaults.max_batch_tokens, _enough(prompts, rows))
+    )
 
     # Weights are read on one core while jax is imported on another.
     with concurrent.futures.ThreadPoolExecutor(1) as reader:
@@ -247,6 +250,17 @@ def _adapters(given: list[tuple[str, str]]) -> dict[str, str]:
                 f"{directory!r}"
             )
     return adapters
+
+
+def _enough(prompts: list[str], rows: int) -> int:
+    """Return tokens of an iteration that take all prompts at once beside `rows`.
+
+    Programs for more of either than there will be only take time to load. A token is a
+    byte of text or more; a chat template and padding add to that, and what does not fit
+    after all runs in chunks.
+    """
+    tokens = rows + sum(len(prompt.encode()) + 96 for prompt in prompts)
+    return -(-tokens // PREFILL_TILE_TOKENS) * PREFILL_TILE_TOKENS
 
 
 def _uses(

@@ -43,11 +43,11 @@ CPU = Operations(
     paged_attention=cpu_attention.paged_attention_cpu,
     multi_lora=cpu_lora.multi_lora_cpu,
 )
-"""Loops compiled by numba, registered by `operations`; float32 on CPU."""
+"""Loops that `compile_operations` compiles with numba; float32 on CPU."""
 
 
-def operations(backend: str, *, platform: str, dtype: np.dtype) -> Operations:
-    """Return the operations of a backend, compiled or read from the cache.
+def choose_operations(backend: str, *, platform: str, dtype: np.dtype) -> Operations:
+    """Return the operations of a backend; `compile_operations` makes them ready.
 
     Args:
       backend: "auto", "cpu" or "xla".
@@ -63,11 +63,14 @@ def operations(backend: str, *, platform: str, dtype: np.dtype) -> Operations:
             f"backend='cpu' needs dtype='float32' on a CPU, got {dtype.name!r} on "
             f"{platform!r}; use backend='xla'"
         )
-    if backend == "xla" or not suits:
-        return XLA
-    cpu_ffi.register(cpu_attention.TARGET, cpu_attention.handle)
-    cpu_ffi.register(cpu_lora.TARGET, cpu_lora.handle)
-    return CPU
+    return XLA if backend == "xla" or not suits else CPU
+
+
+def compile_operations(ops: Operations) -> None:
+    """Compile what XLA does not compile itself, or read it from the cache."""
+    if ops is CPU:
+        cpu_ffi.register(cpu_attention.TARGET, cpu_attention.handle)
+        cpu_ffi.register(cpu_lora.TARGET, cpu_lora.handle)
 
 
 def keep_compiled(folder: Path) -> None:

@@ -143,17 +143,22 @@ class Executor:
         """
         jobs = [(1, rows) for rows in self._decode_rows]
         jobs += [(PREFILL_TILE_TOKENS, tokens) for tokens in self._prefill_tokens]
+        rows = {sampler_rows(num_tokens // tile) for tile, num_tokens in jobs}
         with concurrent.futures.ThreadPoolExecutor(2) as threads:
             # The largest first: they take longest.
-            for _ in threads.map(self._compile_step, sorted(jobs, reverse=True)):
-                pass
-            rows = {sampler_rows(num_tokens // tile) for tile, num_tokens in jobs}
-            for _ in threads.map(self._drawing.compile, sorted(rows)):
-                pass
-            for _ in threads.map(self._scoring.compile_gather, self._prefill_tokens):
-                pass
-        self._scoring.compile_score()
-        self._compile_commit()
+            running = [
+                threads.submit(self._compile_step, job)
+                for job in sorted(jobs, reverse=True)
+            ]
+            running += [threads.submit(self._drawing.compile, n) for n in sorted(rows)]
+            running += [
+                threads.submit(self._scoring.compile_gather, tokens)
+                for tokens in self._prefill_tokens
+            ]
+            running.append(threads.submit(self._scoring.compile_score))
+            running.append(threads.submit(self._compile_commit))
+            for one in running:
+                one.result()
         self.compile_seconds |= self._drawing.compile_seconds
         self.compile_seconds |= self._scoring.compile_seconds
         logger.info(

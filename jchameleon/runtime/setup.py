@@ -1,5 +1,6 @@
 """Put an engine together: what is configured, what the model allows, what fits."""
 
+import concurrent.futures
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
@@ -22,7 +23,11 @@ from jchameleon.models.embedded import home_dir
 from jchameleon.models.llama import Llama
 from jchameleon.models.loader import LoadedModel
 from jchameleon.models.params import numpy_dtype
-from jchameleon.pallas.operations import keep_compiled, operations
+from jchameleon.pallas.operations import (
+    choose_operations,
+    compile_operations,
+    keep_compiled,
+)
 from jchameleon.runtime.adapters import check_fits
 from jchameleon.runtime.engine import Engine
 from jchameleon.runtime.engine_adapters import AdapterListener
@@ -62,7 +67,7 @@ def build_executor(
     for adapter in adapters:
         check_fits(adapter, layout, planner)
     use_compilation_cache()
-    ops = operations(
+    ops = choose_operations(
         config.backend,
         platform=jax.default_backend(),
         dtype=numpy_dtype(config.dtype),
@@ -72,8 +77,12 @@ def build_executor(
         policy = load_policy(config.policy)
         log = PlanLogWriter(config.plan_log, planner.config, policy)
     try:
+        with concurrent.futures.ThreadPoolExecutor(1) as compiler:
+            compiled = compiler.submit(compile_operations, ops)
+            params = place_params(loaded)
+            compiled.result()
         executor = Executor(
-            place_params(loaded),
+            params,
             model,
             config,
             layout,
