@@ -260,6 +260,28 @@ def test_request_that_needs_every_token_run_neither_finds_nor_leaves_blocks(room
     assert ask(new) == (tokens, 48, 12)
 
 
+def test_prompt_logprobs_are_whole_however_much_is_cached(roomy, plain):
+    prompt = tokens_of(np.random.default_rng(31), 80)
+    [first], [again] = (run(roomy, [prompt], "a1") for _ in range(2))
+    assert again.timing.cached_tokens > 0
+    scored = SamplingParams(max_tokens=4, temperature=0.0, prompt_logprobs=2)
+    [found], [expected] = (run(llm, [prompt], "a1", scored) for llm in (roomy, plain))
+    assert found.timing.cached_tokens == 0
+    assert len(found.prompt_logprobs) == len(prompt)
+    assert found.prompt_logprobs == expected.prompt_logprobs
+    assert found.token_ids == expected.token_ids == first.token_ids[:4]
+
+
+def test_completions_of_one_prompt_share_its_blocks(roomy, plain):
+    prompt = tokens_of(np.random.default_rng(32), 80)
+    three = SamplingParams(max_tokens=12, temperature=0.9, seed=3, n=3)
+    [found], [expected] = (run(llm, [prompt], "a0", three) for llm in (roomy, plain))
+    assert [o.token_ids for o in found.outputs] == [
+        o.token_ids for o in expected.outputs
+    ]
+    assert sum(o.timing.cached_tokens for o in found.outputs) > len(prompt)
+
+
 def test_damaged_block_fails_who_reads_it_and_is_gone_for_the_next(roomy):
     prompt = tokens_of(np.random.default_rng(8), 60)
     expected = ids(run(roomy, [prompt], "a2"))

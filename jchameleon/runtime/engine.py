@@ -425,9 +425,10 @@ class Engine:
 
         Detokenising and waking readers takes longer than planning does.
         """
-        for request_id, (live, drawn) in self._undelivered.items():
+        # Emptied first: an engine that dies of this must not meet it again.
+        undelivered, self._undelivered = self._undelivered, {}
+        for request_id, (live, drawn) in undelivered.items():
             live.submission.outbox.put(request_id, live.delta(drawn))
-        self._undelivered.clear()
 
     def _finish(
         self,
