@@ -24,7 +24,8 @@ Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 """(q f[H, HD, T], k f[KVH, HD, T], v f[KVH, HD, T]) -> f[H, HD, T]."""
 
 Adapt = Callable[[str, jax.Array, jax.Array], jax.Array]
-"""(group name, x f[d_in, T], y f[N, T]) -> y plus the group's LoRA product."""
+"""(group name, x f[d_in, T], y f[N, T]) -> y plus the group's LoRA product; y is the
+base product, for "o" and "down" with the residual stream."""
 
 
 def no_adapter(group: str, x: jax.Array, y: jax.Array) -> jax.Array:
@@ -85,13 +86,14 @@ class LlamaLayer(nnx.Module):
             q, k = apply_rope(q, rope), apply_rope(k, rope)
             v = v.reshape(config.num_kv_heads, config.head_dim, -1)
             out = attend(q, k, v).reshape(config.q_dim, num_tokens)
-            x = x + adapt("o", out, add_bias(self.o[...] @ out, self.o_bias))
+            # The stream first: XLA adds it within the product, where no adapter waits.
+            x = adapt("o", out, x + add_bias(self.o[...] @ out, self.o_bias))
         with jax.named_scope("mlp"):
             h = rms_norm(x, self.mlp_norm[...], config.rms_norm_eps)
             gate_up = adapt("gate_up", h, self.gate_up[...] @ h)  # [2 F, T]
             gate, up = jnp.split(gate_up, 2, axis=0)
             h = jax.nn.silu(gate) * up
-            return x + adapt("down", h, self.down[...] @ h)
+            return adapt("down", h, x + self.down[...] @ h)
 
 
 class Llama(nnx.Module):
