@@ -7,7 +7,6 @@ with LLM(model="smollm2-135m", adapters={"json": "path/to/peft_dir"}) as llm:
 import contextlib
 import dataclasses
 import functools
-import itertools
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -26,24 +25,14 @@ from jchameleon.models.conversation import (
 from jchameleon.models.export import save_model
 from jchameleon.models.loader import LoadedModel, load_model
 from jchameleon.outputs import AdapterInfo, EngineStats, RequestDelta, RequestOutput
-from jchameleon.requests import (
-    Call,
-    CallRequest,
-    Prompt,
-    RequestStream,
-    as_prompt_list,
-    per_prompt,
-)
+from jchameleon.requests import Call, Caller, Prompt, RequestStream
 from jchameleon.runtime.adapters import AdapterRegistry
-from jchameleon.runtime.completions import prepare_completions
 from jchameleon.runtime.engine import Engine
 from jchameleon.runtime.host_store import HostStore
-from jchameleon.runtime.outbox import Outbox
 from jchameleon.runtime.policy.presets import build_policies, load_policy
 from jchameleon.runtime.programs import host_params
 from jchameleon.runtime.records import StepRecord
 from jchameleon.runtime.setup import build_executor, start_engine
-from jchameleon.runtime.submission import Submission
 from jchameleon.runtime.transfer import emulated_link
 from jchameleon.sampling import SamplingParams
 
@@ -116,7 +105,9 @@ class LLM:
             self._registry.get,
             self._registry,
         )
-        self._ids = itertools.count()
+        self._caller = Caller(
+            self._engine, self._registry, self.tokenizer, self.model_config.name
+        )
         self._calls: dict[str, Call] = {}
         try:
             self._adapters = AdapterLifecycle(
@@ -164,7 +155,7 @@ class LLM:
             call has run then. A request that fails later is returned with
             finish_reason "error".
         """
-        call = self._call(prompts, adapters, sampling, cache_salt)
+        call = self._caller.call(prompts, adapters, sampling, cache_salt)
         with self._open(call):
             return call.outputs()
 
@@ -181,7 +172,7 @@ class LLM:
         Validation happens here, and so it is settled what the adapters' names stand
         for; the requests start at the first `next`. Closing it cancels what is left.
         """
-        call = self._call(prompts, adapters, sampling, cache_salt)
+        call = self._caller.call(prompts, adapters, sampling, cache_salt)
 
         def deltas() -> Generator[RequestDelta, None, None]:
             with self._open(call):
@@ -393,72 +384,6 @@ class LLM:
     @property
     def _page_bytes(self) -> int:
         return self._executor.pool_bytes // self._executor.num_pages
-
-    def _call(
-        self,
-        prompts: Prompt | Sequence[Prompt],
-        adapters: str | None | Sequence[str | None],
-        sampling: SamplingParams | Sequence[SamplingParams] | None,
-        cache_salt: str | None | Sequence[str | None],
-    ) -> Call:
-        """Validate a whole call before any of it runs."""
-        prompt_list = as_prompt_list(prompts)
-        names = per_prompt("adapters", adapters, (str, type(None)), len(prompt_list))
-        params = per_prompt(
-            "sampling",
-            SamplingParams() if sampling is None else sampling,
-            (SamplingParams,),
-            len(prompt_list),
-        )
-        salts = per_prompt(
-            "cache_salt", cache_salt, (str, type(None)), len(prompt_list)
-        )
-        outbox = Outbox()
-        requests = []
-        with contextlib.ExitStack() as on_error:
-            for prompt, name, one, salt in zip(
-                prompt_list, names, params, salts, strict=True
-            ):
-                submissions = self._prepare(prompt, name, one, salt, outbox, on_error)
-                requests.append(CallRequest(adapter=name, submissions=submissions))
-            on_error.pop_all()
-        return Call(self._engine, requests)
-
-    def _prepare(
-        self,
-        prompt: Prompt,
-        name: str | None,
-        sampling: SamplingParams,
-        cache_salt: str | None,
-        outbox: Outbox,
-        on_error: contextlib.ExitStack,
-    ) -> tuple[Submission, ...]:
-        """Validate one prompt; its claims are given up with `on_error`."""
-        request_id, lease = f"req-{next(self._ids)}", None
-        if name is not None:
-            lease = self._registry.lease(name, request_id)
-            on_error.callback(lease.abandon)
-        if isinstance(prompt, str):
-            if self.tokenizer is None:
-                raise InvalidRequestError(
-                    f"model {self.model_config.name!r} has no tokenizer; pass token ids"
-                )
-            if not prompt:
-                raise InvalidRequestError("prompt is empty")
-            prompt = self.tokenizer.encode(prompt)
-        submissions = prepare_completions(
-            self._engine,
-            request_id,
-            prompt,
-            sampling,
-            adapter_uid=None if lease is None else lease.uid,
-            outbox=outbox,
-            lease=lease,
-            cache_salt=cache_salt,
-        )
-        for submission in submissions:
-            on_error.callback(submission.abandon)
-        return submissions
 
     @contextlib.contextmanager
     def _open(self, call: Call) -> Iterator[None]:

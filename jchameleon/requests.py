@@ -1,15 +1,21 @@
 """The requests of one call of the front door, from its arguments to their ends."""
 
+import contextlib
 import dataclasses
+import itertools
 import threading
 from collections.abc import Generator, Iterator, Sequence
 from typing import Any
 
 from jchameleon.errors import InvalidRequestError, QueueFullError
+from jchameleon.models.tokenizer import Tokenizer
 from jchameleon.outputs import CompletionOutput, RequestDelta, RequestOutput
+from jchameleon.runtime.adapters import AdapterRegistry
+from jchameleon.runtime.completions import prepare_completions
 from jchameleon.runtime.engine import Engine
 from jchameleon.runtime.outbox import Delta, Outbox, RequestTiming
 from jchameleon.runtime.submission import Submission
+from jchameleon.sampling import SamplingParams
 
 Prompt = str | Sequence[int]
 
@@ -158,6 +164,94 @@ class Call:
                 return False
             self._engine.submit(submission)
             return True
+
+
+class Caller:
+    """Checks the arguments of calls and resolves what they name; for any thread."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        registry: AdapterRegistry,
+        tokenizer: Tokenizer | None,
+        model_name: str,
+    ) -> None:
+        self._engine = engine
+        self._registry = registry
+        self._tokenizer = tokenizer
+        self._model_name = model_name
+        self._ids = itertools.count()
+
+    def call(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        adapters: str | None | Sequence[str | None],
+        sampling: SamplingParams | Sequence[SamplingParams] | None,
+        cache_salt: str | None | Sequence[str | None],
+    ) -> Call:
+        """Return a call whose requests are all valid and have claimed their adapters.
+
+        Raises:
+          JChameleonError: what is wrong with one of them; nothing is claimed then.
+        """
+        prompts = as_prompt_list(prompts)
+        count, name = len(prompts), (str, type(None))
+        sampling = SamplingParams() if sampling is None else sampling
+        columns = (
+            prompts,
+            per_prompt("adapters", adapters, name, count),
+            per_prompt("sampling", sampling, (SamplingParams,), count),
+            per_prompt("cache_salt", cache_salt, name, count),
+        )
+        outbox = Outbox()
+        requests = []
+        with contextlib.ExitStack() as on_error:
+            for prompt, adapter, params, salt in zip(*columns, strict=True):
+                submissions = self._prepare(
+                    prompt, adapter, params, salt, outbox, on_error
+                )
+                requests.append(CallRequest(adapter=adapter, submissions=submissions))
+            on_error.pop_all()
+        return Call(self._engine, requests)
+
+    def _prepare(
+        self,
+        prompt: Prompt,
+        adapter: str | None,
+        sampling: SamplingParams,
+        cache_salt: str | None,
+        outbox: Outbox,
+        on_error: contextlib.ExitStack,
+    ) -> tuple[Submission, ...]:
+        """Validate one prompt; its claims are given up with `on_error`."""
+        request_id, lease = f"req-{next(self._ids)}", None
+        if adapter is not None:
+            lease = self._registry.lease(adapter, request_id)
+            on_error.callback(lease.abandon)
+        submissions = prepare_completions(
+            self._engine,
+            request_id,
+            self._encoded(prompt),
+            sampling,
+            adapter_uid=None if lease is None else lease.uid,
+            outbox=outbox,
+            lease=lease,
+            cache_salt=cache_salt,
+        )
+        for submission in submissions:
+            on_error.callback(submission.abandon)
+        return submissions
+
+    def _encoded(self, prompt: Prompt) -> Sequence[int]:
+        if not isinstance(prompt, str):
+            return prompt
+        if self._tokenizer is None:
+            raise InvalidRequestError(
+                f"model {self._model_name!r} has no tokenizer; pass token ids"
+            )
+        if not prompt:
+            raise InvalidRequestError("prompt is empty")
+        return self._tokenizer.encode(prompt)
 
 
 def _completion_output(index: int, whole: Delta) -> CompletionOutput:

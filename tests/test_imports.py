@@ -59,7 +59,7 @@ MAY_IMPORT = {
     "sim": {"config", "runtime.policy"},
     "serving": {"config", "sampling", "runtime"},
     "outputs": {"runtime.outbox", "runtime.policy"},
-    "requests": {"outputs", "runtime"},
+    "requests": {"outputs", "sampling", "models", "runtime"},
     "lifecycle": set(PARTS) - FRONT_DOORS,
     "llm": set(PARTS) - FRONT_DOORS | {"lifecycle"},
     "cli": set(PARTS) - {"__main__"},

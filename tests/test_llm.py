@@ -24,6 +24,7 @@ from jchameleon.errors import (
 from jchameleon.llm import LLM
 from jchameleon.models.loader import load_model
 from jchameleon.runtime.outbox import Outbox
+from jchameleon.runtime.submission import RequestRules
 from jchameleon.sampling import SamplingParams
 
 TINY = ModelConfig.preset("tiny")
@@ -275,20 +276,21 @@ def test_adapters_of_a_wrong_type_are_refused(adapters, message):
         LLM(model="tiny", adapters=adapters, **SMALL)
 
 
-def test_stop_without_a_tokenizer_is_refused_by_the_engine(llm):
-    engine, tokenizer = llm._engine, llm._engine._tokenizer
-    engine._tokenizer = None
-    try:
-        with pytest.raises(InvalidRequestError, match="needs a tokenizer"):
-            engine.prepare(
-                "x",
-                [1],
-                SamplingParams(stop="a"),
-                adapter_uid=None,
-                outbox=Outbox(),
-            )
-    finally:
-        engine._tokenizer = tokenizer
+def test_stop_without_a_tokenizer_is_refused_by_the_engine():
+    rules = RequestRules(
+        vocab_size=10, max_model_len=64, has_tokenizer=False, block_tokens=None
+    )
+    with pytest.raises(InvalidRequestError, match="needs a tokenizer"):
+        rules.accept(
+            "x",
+            [1],
+            SamplingParams(stop="a"),
+            adapter_uid=None,
+            outbox=Outbox(),
+            lease=None,
+            cache_salt=None,
+            prefix_cache=False,
+        )
 
 
 def test_call_larger_than_the_queue_runs_in_order(adapter_dir):

@@ -225,7 +225,9 @@ class Runner:
             logit_tokens=logit_tokens,
             lora=LoraWork(**work),
         )
-        logits, self.pools = self.model.step(self.model.split.leaves, self.pools, batch)
+        logits, self.pools, _ = self.model.step(
+            self.model.split.leaves, self.pools, batch
+        )
         return np.asarray(logits)[:, ends].T
 
 

@@ -181,6 +181,13 @@ def _attend_units(
 
 
 @_jit
+def _slot(at, table, pages, page_elems, offset, block_tokens, head_dim):
+    """Return where a head's key (or value, by `offset`) of position `at` begins."""
+    page = np.int64(table[pages + at // block_tokens])
+    return page * page_elems + offset + at % block_tokens * head_dim
+
+
+@_jit
 def _transpose_keys(
     keys,  # f32[HD, SEGMENT]
     start,
@@ -195,9 +202,7 @@ def _transpose_keys(
 ):
     """Copy the keys of a segment; columns beyond `size` become 0."""
     for s in range(size):
-        at = start + s
-        k = np.int64(table[pages + at // block_tokens]) * page_elems + offset
-        k += at % block_tokens * head_dim
+        k = _slot(start + s, table, pages, page_elems, offset, block_tokens, head_dim)
         for d in range(head_dim):
             keys[d * SEGMENT + s] = pool[k + d]
     for s in range(size, SEGMENT):
@@ -249,9 +254,7 @@ def _few_scores(
 ):
     """Set the scores of the tokens that are seen, straight from their pages."""
     for s in range(seen):
-        at = start + s
-        k = np.int64(table[pages + at // block_tokens]) * page_elems + offset
-        k += at % block_tokens * head_dim
+        k = _slot(start + s, table, pages, page_elems, offset, block_tokens, head_dim)
         dot = _ZERO
         for d in range(head_dim):
             dot += q[x + d] * pool[k + d]
@@ -323,10 +326,8 @@ def _add_values(
     s = 0
     while s < seen:
         at = start + s
-        slot = at % block_tokens
-        v = np.int64(table[pages + at // block_tokens]) * page_elems + offset
-        v += slot * head_dim
-        count = min(block_tokens - slot, seen - s)
+        v = _slot(at, table, pages, page_elems, offset, block_tokens, head_dim)
+        count = min(block_tokens - at % block_tokens, seen - s)
         whole = count - count % 4
         for j in range(0, whole, 4):
             w0, w1 = scores[s + j], scores[s + j + 1]

@@ -4,8 +4,8 @@ Life of a request here: `prepare` validates it on the caller's thread, `submit` 
 into the inbox; the engine thread turns it into an `Arrival`, the planner admits it, its
 adapter is loaded if it is not resident, its prompt runs in chunks, then it decodes one
 token per iteration until a stop, a limit or a cancel; every token goes into the
-caller's outbox at once. The thread owns planner, pool, programs and all live requests;
-other threads reach it through the inbox only.
+caller's outbox while the next step runs. The thread owns planner, pool, programs and
+all live requests; other threads reach it through the inbox only.
 """
 
 import collections
@@ -29,7 +29,6 @@ from jchameleon.errors import (
 )
 from jchameleon.lora.adapter import HostAdapter
 from jchameleon.models.tokenizer import Tokenizer
-from jchameleon.runtime.block_keys import BlockKeys, check_cache_salt
 from jchameleon.runtime.deadlines import Deadlines
 from jchameleon.runtime.drawing import DrawnToken
 from jchameleon.runtime.engine_adapters import AdapterListener, EngineAdapters
@@ -55,13 +54,7 @@ from jchameleon.runtime.question import Question
 from jchameleon.runtime.records import StepRecord
 from jchameleon.runtime.sampler import INVALID_TOKEN
 from jchameleon.runtime.step import run_step
-from jchameleon.runtime.submission import (
-    Submission,
-    check_limits,
-    check_request_id,
-    prompt_array,
-    truncated,
-)
+from jchameleon.runtime.submission import RequestRules, Submission, check_request_id
 from jchameleon.runtime.transfer import AdapterLoader, emulated_link
 from jchameleon.sampling import SamplingParams
 
@@ -106,6 +99,12 @@ class Engine:
         self._config = config
         self._tokenizer = tokenizer
         self._eos_token_ids = eos_token_ids
+        self._rules = RequestRules(
+            vocab_size=executor.model.vocab_size,
+            max_model_len=executor.max_model_len,
+            has_tokenizer=tokenizer is not None,
+            block_tokens=config.kv_block_tokens if config.prefix_cache else None,
+        )
         self._random = np.random.default_rng(config.seed)
         self._inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
         loader = AdapterLoader(
@@ -171,45 +170,26 @@ class Engine:
           UnknownAdapterError: no adapter with this uid is registered.
           CapacityError: it can never fit in the pool.
         """
-        check_request_id(request_id)
-        check_cache_salt(cache_salt)
-        tokens = prompt_array(prompt, self._executor.model.vocab_size)
-        tokens = truncated(tokens, sampling.truncate_prompt_tokens)
-        check_limits(
-            tokens,
+        submission = self._rules.accept(
+            request_id,
+            prompt,
             sampling,
-            vocab_size=self._executor.model.vocab_size,
-            max_model_len=self.max_model_len,
-            has_tokenizer=self._tokenizer is not None,
+            adapter_uid=adapter_uid,
+            outbox=outbox,
+            lease=lease,
+            cache_salt=cache_salt,
+            prefix_cache=prefix_cache,
         )
         pages, pinned = 0, False
         if adapter_uid is not None:
             pages = self.adapters.pages(adapter_uid)
             pinned = self._planner.is_pinned(adapter_uid)
         reason = self._planner.can_ever_fit(
-            len(tokens), sampling.max_tokens, pages, pinned=pinned
+            len(submission.prompt), sampling.max_tokens, pages, pinned=pinned
         )
         if reason is not None:
             raise CapacityError(reason)
-        block_keys = None
-        prefix_cache &= sampling.prompt_logprobs is None
-        if self._config.prefix_cache and prefix_cache:
-            block_keys = BlockKeys.of(
-                tokens,
-                adapter_uid=adapter_uid,
-                salt=cache_salt,
-                block_tokens=self._config.kv_block_tokens,
-            )
-        return Submission(
-            request_id=request_id,
-            prompt=tokens,
-            sampling=sampling,
-            adapter_uid=adapter_uid,
-            arrival_s=time.monotonic(),
-            outbox=outbox,
-            lease=lease,
-            block_keys=block_keys,
-        )
+        return submission
 
     def submit(self, submission: Submission) -> None:
         """Queue what `prepare` returned; its deltas come through its outbox.

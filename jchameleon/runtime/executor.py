@@ -34,7 +34,6 @@ from jchameleon.runtime.programs import (
     ModelParams,
     commit_load,
     model_step,
-    prefill_step,
 )
 from jchameleon.runtime.scoring import Scores, Scoring
 from jchameleon.runtime.transfer import Piece, piece_pages
@@ -183,11 +182,16 @@ class Executor:
         Every row takes whole tiles of `PREFILL_TILE_TOKENS`; together at most
         `max_batch_tokens`. Dispatch is asynchronous.
         """
-        return self._finish(rows, *self._run(rows, prefill=True))
+        logits, stream = self._run(rows, prefill=True)
+        tiles = np.array(row_tiles(rows, prefill=True))
+        firsts = (np.cumsum(tiles) - tiles) * PREFILL_TILE_TOKENS
+        scores = self._scoring.score(stream, [row.targets for row in rows], firsts)
+        return StepResult(draws=self._draw(rows, logits, prefill=True), scores=scores)
 
     def decode(self, rows: Sequence[StepRow]) -> StepResult:
         """Run one token per row and draw the next; dispatch is asynchronous."""
-        return self._finish(rows, *self._run(rows, prefill=False))
+        logits, _ = self._run(rows, prefill=False)
+        return StepResult(draws=self._draw(rows, logits, prefill=False), scores=None)
 
     def logits(self, rows: Sequence[StepRow], *, prefill: bool) -> np.ndarray:
         """Run a step as `prefill` or `decode` do, without drawing tokens.
@@ -205,8 +209,8 @@ class Executor:
 
     def _run(
         self, rows: Sequence[StepRow], *, prefill: bool
-    ) -> tuple[jax.Array, jax.Array | None]:
-        """Dispatch a step; return logits f32[V, tiles] and in prefill its stream."""
+    ) -> tuple[jax.Array, jax.Array]:
+        """Dispatch a step; return logits f32[V, tiles] and residual stream f[D, T]."""
         start_s = time.monotonic()
         tile = PREFILL_TILE_TOKENS if prefill else 1
         buckets = self._prefill_tokens if prefill else self._decode_rows
@@ -214,31 +218,24 @@ class Executor:
         num_tokens = next(size for size in buckets if size >= needed)
         batch = self._builder.build(rows, num_tokens, prefill=prefill)
         self.build_s += time.monotonic() - start_s
-        logits, self._pools, *stream = self._steps[tile, num_tokens](
+        logits, self._pools, stream = self._steps[tile, num_tokens](
             self._params.leaves, self._pools, batch
         )
-        return logits, stream[0] if stream else None
+        return logits, stream
 
-    def _finish(
-        self, rows: Sequence[StepRow], logits: jax.Array, stream: jax.Array | None
-    ) -> StepResult:
-        prefill = stream is not None
-        draws = self._drawing.draw(
+    def _draw(
+        self, rows: Sequence[StepRow], logits: jax.Array, *, prefill: bool
+    ) -> Draws:
+        return self._drawing.draw(
             logits, [row.sampling for row in rows], last_tiles(rows, prefill=prefill)
         )
-        scores = None
-        if stream is not None:
-            tiles = np.array(row_tiles(rows, prefill=True))
-            firsts = (np.cumsum(tiles) - tiles) * PREFILL_TILE_TOKENS
-            scores = self._scoring.score(stream, [row.targets for row in rows], firsts)
-        return StepResult(draws=draws, scores=scores)
 
     def _compile_step(self, shape: tuple[int, int]) -> None:
         tile, num_tokens = shape
         start_s = time.monotonic()
         batch = self._builder.build([], num_tokens, prefill=tile > 1)
         step = functools.partial(
-            model_step if tile == 1 else prefill_step,
+            model_step,
             treedef=self._params.treedef,
             layout=self.layout,
             block_tokens=self.config.kv_block_tokens,

@@ -109,33 +109,10 @@ def model_step(
     layout: ChunkLayout,
     block_tokens: int,
     ops: Operations = XLA,
-) -> tuple[jax.Array, list[jax.Array]]:
-    """Return logits f32[V, R] of `logit_tokens`, and the new pools."""
-    logits, pools, _ = prefill_step(
-        leaves,
-        pools,
-        batch,
-        treedef=treedef,
-        layout=layout,
-        block_tokens=block_tokens,
-        ops=ops,
-    )
-    return logits, pools
-
-
-def prefill_step(
-    leaves: tuple[jax.Array, ...],
-    pools: list[jax.Array],  # L of f[P, E], donated
-    batch: StepBatch,
-    *,
-    treedef: Any,
-    layout: ChunkLayout,
-    block_tokens: int,
-    ops: Operations = XLA,
 ) -> tuple[jax.Array, list[jax.Array], jax.Array]:
-    """Return what `model_step` does, and the residual stream f[D, T] after all layers.
+    """Return logits f32[V, R] of `logit_tokens`, the new pools and the stream f[D, T].
 
-    The stream is what log-probabilities of prompt tokens come from.
+    The residual stream after all layers is what prompt tokens are scored from.
     """
     model = merge_model(treedef, leaves)
     rope = model.rope(batch.positions)

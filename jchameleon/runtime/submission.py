@@ -1,12 +1,13 @@
 """A request at the edge: checked on the caller's thread before the engine sees it."""
 
 import dataclasses
+import time
 from collections.abc import Sequence
 
 import numpy as np
 
 from jchameleon.errors import InvalidRequestError
-from jchameleon.runtime.block_keys import BlockKeys
+from jchameleon.runtime.block_keys import BlockKeys, check_cache_salt
 from jchameleon.runtime.leases import AdapterLease
 from jchameleon.runtime.outbox import Outbox
 from jchameleon.runtime.policy.request import Request
@@ -110,28 +111,76 @@ def truncated(tokens: np.ndarray, keep_tokens: int | None) -> np.ndarray:
     return tokens if keep_tokens is None else tokens[-keep_tokens:]
 
 
-def check_limits(
-    tokens: np.ndarray,  # i32[n]
-    sampling: SamplingParams,
-    *,
-    vocab_size: int,
-    max_model_len: int,
-    has_tokenizer: bool,
-) -> None:
-    """Raise InvalidRequestError where prompt or sampling exceed the engine's limits."""
-    if sampling.n > 1:
-        raise InvalidRequestError(
-            f"n={sampling.n} must be 1 in the request of a single completion"
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class RequestRules:
+    """What an engine takes: every request is held to this before it is queued.
+
+    Attributes:
+      vocab_size: of the model.
+      max_model_len: longest prompt + output in tokens.
+      has_tokenizer: stop strings can be found.
+      block_tokens: of the prefix cache's blocks; None where there is no such cache.
+    """
+
+    vocab_size: int
+    max_model_len: int
+    has_tokenizer: bool
+    block_tokens: int | None
+
+    def accept(
+        self,
+        request_id: str,
+        prompt: Sequence[int],
+        sampling: SamplingParams,
+        *,
+        adapter_uid: str | None,
+        outbox: Outbox,
+        lease: AdapterLease | None,
+        cache_salt: str | None,
+        prefix_cache: bool,
+    ) -> Submission:
+        """Return a request that has been checked; see `Engine.prepare`."""
+        check_request_id(request_id)
+        check_cache_salt(cache_salt)
+        tokens = prompt_array(prompt, self.vocab_size)
+        tokens = truncated(tokens, sampling.truncate_prompt_tokens)
+        self._check(tokens, sampling)
+        block_keys = None
+        # Who wants its prompt scored needs every token of it run.
+        prefix_cache &= sampling.prompt_logprobs is None
+        if prefix_cache and self.block_tokens is not None:
+            block_keys = BlockKeys.of(
+                tokens,
+                adapter_uid=adapter_uid,
+                salt=cache_salt,
+                block_tokens=self.block_tokens,
+            )
+        return Submission(
+            request_id=request_id,
+            prompt=tokens,
+            sampling=sampling,
+            adapter_uid=adapter_uid,
+            arrival_s=time.monotonic(),
+            outbox=outbox,
+            lease=lease,
+            block_keys=block_keys,
         )
-    total = len(tokens) + sampling.max_tokens
-    if total > max_model_len:
-        raise InvalidRequestError(
-            f"prompt of {len(tokens)} tokens + max_tokens={sampling.max_tokens} = "
-            f"{total} exceeds max_model_len={max_model_len}"
-        )
-    sampling.validate_for(vocab_size)
-    if sampling.stop and not has_tokenizer:
-        raise InvalidRequestError(
-            f"stop={list(sampling.stop)} needs a tokenizer, and this model has "
-            "none; use stop_token_ids"
-        )
+
+    def _check(self, tokens: np.ndarray, sampling: SamplingParams) -> None:
+        """Raise InvalidRequestError where prompt or sampling exceed the limits."""
+        if sampling.n > 1:
+            raise InvalidRequestError(
+                f"n={sampling.n} must be 1 in the request of a single completion"
+            )
+        total = len(tokens) + sampling.max_tokens
+        if total > self.max_model_len:
+            raise InvalidRequestError(
+                f"prompt of {len(tokens)} tokens + max_tokens={sampling.max_tokens} = "
+                f"{total} exceeds max_model_len={self.max_model_len}"
+            )
+        sampling.validate_for(self.vocab_size)
+        if sampling.stop and not self.has_tokenizer:
+            raise InvalidRequestError(
+                f"stop={list(sampling.stop)} needs a tokenizer, and this model has "
+                "none; use stop_token_ids"
+            )
