@@ -1,177 +1,23 @@
 """Logits and greedy tokens of random models and adapters against transformers and PEFT.
 
-Three small Llama models, six adapters each.
+Llama and its variants, six adapters each; what PEFT refuses we refuse.
 """
 
+import json
+
 import pytest
-from engine_harness import import_oracle
+from engine_harness import import_oracle, quiet
+from parity_cases import CASES, VARIANT_SHAPE
 from parity_harness import (
-    ATTENTION,
-    MLP,
-    ModelCase,
     check_effects,
     check_greedy_tokens,
     check_logits,
     run_case,
 )
 
-CASES = {
-    "mha-tied": ModelCase(
-        config={
-            "vocab_size": 311,
-            "hidden_size": 48,
-            "intermediate_size": 80,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 4,
-            "rms_norm_eps": 1e-2,
-            "tie_word_embeddings": True,
-        },
-        adapters={
-            "r8-default-targets": {"r": 8, "lora_alpha": 24},
-            "r1-all-linear": {"r": 1, "lora_alpha": 3, "target_modules": "all-linear"},
-            "r17-rslora-attention": {
-                "r": 17,
-                "lora_alpha": 12,
-                "use_rslora": True,
-                "target_modules": ATTENTION,
-            },
-            "r64-regex": {
-                "r": 64,
-                "lora_alpha": 16,
-                "target_modules": r".*\.(self_attn\.[qv]|mlp\.down)_proj",
-            },
-            "r8-one-layer": {
-                "r": 8,
-                "lora_alpha": 4,
-                "target_modules": ["o_proj", "gate_proj", "up_proj"],
-                "layers_to_transform": [1],
-            },
-            "r64-rank-and-alpha-patterns": {
-                "r": 8,
-                "lora_alpha": 12,
-                "target_modules": "all-linear",
-                "rank_pattern": {"q_proj": 1, "v_proj": 64, "down_proj": 17},
-                "alpha_pattern": {"k_proj": 3, "o_proj": 30},
-            },
-        },
-    ),
-    "gqa-llama3": ModelCase(
-        config={
-            "vocab_size": 384,
-            "hidden_size": 64,
-            "intermediate_size": 96,
-            "num_hidden_layers": 3,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "rms_norm_eps": 1e-5,
-            "rope_parameters": {
-                "rope_type": "llama3",
-                "rope_theta": 10000.0,
-                "factor": 8.0,
-                "low_freq_factor": 1.0,
-                "high_freq_factor": 4.0,
-                "original_max_position_embeddings": 64,
-            },
-        },
-        adapters={
-            "r8-fan-in-fan-out": {
-                "r": 8,
-                "lora_alpha": 16,
-                "target_modules": ["q_proj", "v_proj"],
-                "fan_in_fan_out": True,
-            },
-            "r1-rslora-alpha-pattern": {
-                "r": 1,
-                "lora_alpha": 2,
-                "use_rslora": True,
-                "target_modules": ["q_proj", "up_proj"],
-                "alpha_pattern": {"q_proj": 5, r"layers\.2\.mlp\.up_proj": 0.5},
-            },
-            "r17-all-but": {
-                "r": 17,
-                "lora_alpha": 40,
-                "target_modules": "all-linear",
-                "exclude_modules": ["down_proj", "1.self_attn.k_proj"],
-            },
-            "r64-rslora-keys-values": {
-                "r": 64,
-                "lora_alpha": 48,
-                "use_rslora": True,
-                "target_modules": ["k_proj", "v_proj"],
-            },
-            "r64-rslora-both-patterns": {
-                "r": 17,
-                "lora_alpha": 6,
-                "use_rslora": True,
-                "target_modules": ATTENTION + MLP,
-                "rank_pattern": {r"layers\.0\..*": 64, r"layers\.2\.mlp\..*": 1},
-                "alpha_pattern": {r"layers\.1\..*": 9},
-            },
-            "r8-mlp-of-two-layers": {
-                "r": 8,
-                "lora_alpha": 20,
-                "target_modules": MLP,
-                "layers_to_transform": [0, 2],
-                "layers_pattern": "layers",
-            },
-        },
-    ),
-    "gqa-wide-heads-linear": ModelCase(
-        config={
-            "vocab_size": 450,
-            "hidden_size": 72,
-            "intermediate_size": 112,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 6,
-            "num_key_value_heads": 2,
-            "head_dim": 20,
-            "rms_norm_eps": 1e-6,
-            "rope_parameters": {
-                "rope_type": "linear",
-                "rope_theta": 5000.0,
-                "factor": 4.0,
-            },
-        },
-        adapters={
-            "r8-keys-output": {
-                "r": 8,
-                "lora_alpha": 2,
-                "target_modules": ["k_proj", "o_proj"],
-            },
-            "r1-regex": {
-                "r": 1,
-                "lora_alpha": 0.5,
-                "target_modules": r"model\.layers\.\d\.mlp\.(gate|up)_proj",
-            },
-            "r17-all-but-regex": {
-                "r": 17,
-                "lora_alpha": 51,
-                "target_modules": "all-linear",
-                "exclude_modules": r".*\.0\.(self_attn\.o|mlp\.up)_proj",
-            },
-            "r64-all-linear": {
-                "r": 64,
-                "lora_alpha": 32,
-                "target_modules": "all-linear",
-            },
-            "r17-mixed-ranks": {
-                "r": 8,
-                "lora_alpha": 10,
-                "use_rslora": True,
-                "target_modules": ["q_proj", "o_proj", "down_proj"],
-                "rank_pattern": {"o_proj": 17, "1.mlp.down_proj": 1},
-                "fan_in_fan_out": True,
-            },
-            "r8-down-of-first-layer": {
-                "r": 8,
-                "lora_alpha": -24,
-                "target_modules": ["down_proj"],
-                "layers_to_transform": 0,
-            },
-        },
-    ),
-}
+from jchameleon.errors import AdapterError
+from jchameleon.lora.peft import load_peft_adapter
+from jchameleon.models.hf_config import load_hf_config
 
 
 @pytest.fixture(scope="module")
@@ -202,3 +48,27 @@ def test_logits_of_all_rows_in_one_batch_are_those_of_peft(parity, chunk_tokens)
 def test_greedy_tokens_of_all_rows_in_one_batch_are_those_of_peft(parity):
     llm, references = parity
     check_greedy_tokens(llm, references)
+
+
+@pytest.mark.parametrize("targets", [["q_norm"], r".*self_attn\.q_.*"])
+def test_adapter_that_selects_a_head_norm_is_refused_as_by_peft(
+    oracle, tmp_path, targets
+):
+    with quiet():
+        config = oracle.transformers.Qwen3Config(
+            **VARIANT_SHAPE, vocab_size=96, head_dim=8
+        )
+        model = oracle.transformers.Qwen3ForCausalLM(config)
+        model.save_pretrained(tmp_path / "model")
+        lora = oracle.peft.LoraConfig(r=2, target_modules=targets)
+        with pytest.raises(ValueError, match="Qwen3RMSNorm.*is not supported"):
+            oracle.peft.get_peft_model(model, lora)
+        lora = oracle.peft.LoraConfig(r=2, target_modules=["q_proj"])
+        oracle.peft.get_peft_model(model, lora).save_pretrained(tmp_path / "adapter")
+    path = tmp_path / "adapter" / "adapter_config.json"
+    settings = json.loads(path.read_text())
+    path.write_text(json.dumps({**settings, "target_modules": targets}))
+    with pytest.raises(AdapterError, match=r"self_attn\.q_norm"):
+        load_peft_adapter(
+            tmp_path / "adapter", load_hf_config(tmp_path / "model"), max_rank=8
+        )
