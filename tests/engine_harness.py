@@ -172,7 +172,7 @@ def import_oracle() -> Iterator[types.SimpleNamespace]:
     Its threads spin: beside ours, or on a busy machine, they cost far more than they
     gain on the sizes of a test.
     """
-    reason = "the oracle is installed on Python 3.11 only"
+    reason = "oracle: Python 3.11 only"
     with quiet():
         oracle = types.SimpleNamespace(
             torch=pytest.importorskip("torch", reason=reason),

@@ -24,8 +24,10 @@ def transformers_smollm2() -> Any:
 
     Tests share the model: whoever wraps or changes it must undo that.
     """
-    transformers = pytest.importorskip("transformers", reason="needs transformers")
-    torch = pytest.importorskip("torch", reason="needs torch")
+    transformers = pytest.importorskip(
+        "transformers", reason="oracle: Python 3.11 only"
+    )
+    torch = pytest.importorskip("torch", reason="oracle: Python 3.11 only")
     path = smollm2_path()
     return transformers.AutoModelForCausalLM.from_pretrained(
         path.parent, gguf_file=path.name, dtype=torch.float32

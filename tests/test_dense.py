@@ -44,8 +44,10 @@ def random_tokens(config, shape, *, seed=0):
 
 
 def test_dense_logits_equal_transformers(model):
-    transformers = pytest.importorskip("transformers", reason="oracle: 3.11 only")
-    torch = pytest.importorskip("torch", reason="oracle: 3.11 only")
+    transformers = pytest.importorskip(
+        "transformers", reason="oracle: Python 3.11 only"
+    )
+    torch = pytest.importorskip("torch", reason="oracle: Python 3.11 only")
     path, config, params = model
     reference = transformers.LlamaForCausalLM.from_pretrained(path)
     tokens = random_tokens(config, (3, 17))
@@ -194,8 +196,10 @@ VARIANTS = {
 
 @pytest.mark.parametrize("family", VARIANTS)
 def test_dense_logits_of_a_variant_equal_transformers(tmp_path, family):
-    transformers = pytest.importorskip("transformers", reason="oracle: 3.11 only")
-    torch = pytest.importorskip("torch", reason="oracle: 3.11 only")
+    transformers = pytest.importorskip(
+        "transformers", reason="oracle: Python 3.11 only"
+    )
+    torch = pytest.importorskip("torch", reason="oracle: Python 3.11 only")
     torch.manual_seed(1)
     reference = getattr(transformers, f"{family}ForCausalLM")(
         getattr(transformers, f"{family}Config")(

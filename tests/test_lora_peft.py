@@ -646,7 +646,7 @@ def quiet():
 @pytest.fixture(scope="module")
 def oracle():
     """torch, PEFT and a maker of small Llama models with fixed random weights."""
-    reason = "the oracle is installed on Python 3.11 only"
+    reason = "oracle: Python 3.11 only"
     with quiet():
         torch = pytest.importorskip("torch", reason=reason)
         transformers = pytest.importorskip("transformers", reason=reason)

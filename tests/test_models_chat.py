@@ -29,7 +29,9 @@ def smollm2():
 
 @pytest.fixture(scope="module")
 def smollm2_oracle():
-    transformers = pytest.importorskip("transformers", reason="needs transformers")
+    transformers = pytest.importorskip(
+        "transformers", reason="oracle: Python 3.11 only"
+    )
     path = smollm2_path()
     return transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
 

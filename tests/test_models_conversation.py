@@ -72,7 +72,9 @@ def smollm2():
 @pytest.fixture(scope="module")
 def oracle(smollm2, tmp_path_factory):
     """Return transformers' tokenizer over the same tokenizer.json."""
-    transformers = pytest.importorskip("transformers", reason="oracle: 3.11 only")
+    transformers = pytest.importorskip(
+        "transformers", reason="oracle: Python 3.11 only"
+    )
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
     path.write_text(smollm2.tokenizer.to_json(), encoding="utf-8")
     special = smollm2.chat_template.special_tokens

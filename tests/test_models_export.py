@@ -55,8 +55,10 @@ TEXTS = [
 
 @pytest.fixture(scope="module")
 def oracle():
-    transformers = pytest.importorskip("transformers", reason="oracle: 3.11 only")
-    torch = pytest.importorskip("torch", reason="oracle: 3.11 only")
+    transformers = pytest.importorskip(
+        "transformers", reason="oracle: Python 3.11 only"
+    )
+    torch = pytest.importorskip("torch", reason="oracle: Python 3.11 only")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield transformers, torch

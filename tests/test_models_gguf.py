@@ -360,7 +360,9 @@ def test_load_corrupt_header_loads_or_is_refused(tmp_path_factory, tiny_bytes, d
 
 
 def test_params_tiny_file_equals_the_import_of_transformers(tmp_path):
-    transformers = pytest.importorskip("transformers", reason="needs transformers")
+    transformers = pytest.importorskip(
+        "transformers", reason="oracle: Python 3.11 only"
+    )
     path = write_gguf(
         tmp_path / "x.gguf",
         general__file_type=0,
@@ -413,8 +415,10 @@ def test_variant_file_is_what_transformers_makes_of_it(tmp_path, architecture, t
         np.testing.assert_array_equal(views[name], tensor)
     if architecture == "qwen3":  # transformers takes 128 for the width of its heads
         return
-    transformers = pytest.importorskip("transformers", reason="needs transformers")
-    torch = pytest.importorskip("torch", reason="needs torch")
+    transformers = pytest.importorskip(
+        "transformers", reason="oracle: Python 3.11 only"
+    )
+    torch = pytest.importorskip("torch", reason="oracle: Python 3.11 only")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path, gguf_file=path.name, dtype=torch.float32
     )

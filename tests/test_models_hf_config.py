@@ -241,7 +241,9 @@ def test_variant_window_is_that_of_transformers(
     assert config.max_exact_tokens == min(
         window or config.max_position_embeddings, config.max_position_embeddings
     )
-    transformers = pytest.importorskip("transformers", reason="oracle: 3.11 only")
+    transformers = pytest.importorskip(
+        "transformers", reason="oracle: Python 3.11 only"
+    )
     theirs = transformers.AutoConfig.from_pretrained(tmp_path)
     slides = getattr(theirs, "sliding_window", None) is not None
     assert slides == (window is not None) or not layers
@@ -255,7 +257,9 @@ def test_variant_window_is_that_of_transformers(
 
 @pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3"])
 def test_variant_absent_fields_take_the_familys_defaults(tmp_path, family):
-    transformers = pytest.importorskip("transformers", reason="oracle: 3.11 only")
+    transformers = pytest.importorskip(
+        "transformers", reason="oracle: Python 3.11 only"
+    )
     fields = {"num_attention_heads": 32, "hidden_size": 128}
     if family != "qwen3":
         fields["head_dim"] = None
@@ -375,7 +379,9 @@ def test_written_config_is_read_back_and_by_transformers(tmp_path, config):
     table = hf_config_table(config, dtype="bfloat16")
     write_json(directory / "config.json", table)
     assert load_hf_config(directory) == config
-    transformers = pytest.importorskip("transformers", reason="oracle: 3.11 only")
+    transformers = pytest.importorskip(
+        "transformers", reason="oracle: Python 3.11 only"
+    )
     theirs = transformers.AutoConfig.from_pretrained(directory)
     assert type(theirs).__name__ == f"{table['architectures'][0][:-11]}Config"
     assert str(theirs.dtype) == "torch.bfloat16"

@@ -61,7 +61,9 @@ def smollm2_oracle():
     transformers 5.23 cuts as GPT-2 does for this file. SmolLM2 splits digits off first,
     which shows where blanks go before one.
     """
-    transformers = pytest.importorskip("transformers", reason="needs transformers")
+    transformers = pytest.importorskip(
+        "transformers", reason="oracle: Python 3.11 only"
+    )
     path = smollm2_path()
     oracle = transformers.AutoTokenizer.from_pretrained(
         path.parent, gguf_file=path.name
@@ -199,7 +201,7 @@ def test_stream_time_per_token_does_not_grow(smollm2):
 def test_other_pre_tokenizers_equal_transformers(smollm2, metadata, pre):
     oracles = pytest.importorskip(
         "transformers.integrations.gguf.gguf_tokenizer_mapping",
-        reason="needs transformers",
+        reason="oracle: Python 3.11 only",
     )
     ours = Tokenizer.from_gguf(
         {**metadata, "tokenizer.ggml.pre": pre, "tokenizer.ggml.add_bos_token": False},

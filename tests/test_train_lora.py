@@ -85,9 +85,11 @@ def test_training_is_fixed_by_its_seed(data, tmp_path):
 # PEFT asks transformers for a property by its old name.
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 def test_written_adapter_means_the_same_to_peft(tmp_path):
-    torch = pytest.importorskip("torch", reason="oracle: 3.11 only")
-    transformers = pytest.importorskip("transformers", reason="oracle: 3.11 only")
-    peft = pytest.importorskip("peft", reason="oracle: 3.11 only")
+    torch = pytest.importorskip("torch", reason="oracle: Python 3.11 only")
+    transformers = pytest.importorskip(
+        "transformers", reason="oracle: Python 3.11 only"
+    )
+    peft = pytest.importorskip("peft", reason="oracle: Python 3.11 only")
     path = write_hf(tmp_path / "model")
     loaded = load_model(str(path), dtype="float32")
     adapter = init_adapter(
