@@ -1,19 +1,14 @@
 import importlib.util
-import json
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
+from tool_runs import ROOT, run_bench
 
 from jchameleon.config import ModelConfig
 from jchameleon.lora import load_peft_adapter
 
-ROOT = Path(__file__).resolve().parent.parent
 PEERS_HERE = all(
     importlib.util.find_spec(name) for name in ("torch", "transformers", "peft")
 )
@@ -31,19 +26,8 @@ def tools(monkeypatch):
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
     """Run the whole tool on the tiny model, with peers where they are installed."""
-    path = tmp_path_factory.mktemp("bench") / "report.json"
-    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    done = subprocess.run(
-        [sys.executable, ROOT / "tools" / "bench_offline.py"]
-        + ["--quick", "--peers", "--json", path],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
-        cwd=path.parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout, json.loads(path.read_text(encoding="utf-8"))
+    folder = tmp_path_factory.mktemp("bench")
+    return run_bench("bench_offline", "--quick", "--peers", folder=folder)
 
 
 def test_report_quick_run_has_every_part(report):

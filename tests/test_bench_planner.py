@@ -1,16 +1,11 @@
-import json
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 from bench_planner_engine import Settings, SteadyEngine
+from tool_runs import run_bench
 
 from jchameleon.runtime.policy.registry import policy_names
 
-ROOT = Path(__file__).resolve().parent.parent
 POLICIES = ["chameleon", "sjf"]
 QUEUED = [5, 10, 20]
 
@@ -18,19 +13,8 @@ QUEUED = [5, 10, 20]
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
     """Run the whole tool on its tiny case."""
-    path = tmp_path_factory.mktemp("bench") / "report.json"
-    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    done = subprocess.run(
-        [sys.executable, ROOT / "tools" / "bench_planner.py"]
-        + ["--quick", "--plans", "24", "--json", path],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
-        cwd=path.parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout, json.loads(path.read_text(encoding="utf-8"))
+    folder = tmp_path_factory.mktemp("bench")
+    return run_bench("bench_planner", "--quick", "--plans", "24", folder=folder)
 
 
 def sane(times):

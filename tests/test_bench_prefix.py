@@ -1,36 +1,15 @@
 """The bench of the prefix cache, run whole on the tiny model."""
 
-import json
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).resolve().parent.parent
-
-
-def run_tool(*arguments, folder):
-    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    return subprocess.run(
-        [sys.executable, ROOT / "tools" / "bench_prefix.py", *arguments],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+from tool_runs import run_bench, run_tool
 
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bench")
-    path = folder / "report.json"
-    done = run_tool("--quick", "--json", path, folder=folder)
-    assert done.returncode == 0, done.stderr
-    return done.stdout, json.loads(path.read_text(encoding="utf-8"))
+    return run_bench("bench_prefix", "--quick", folder=folder)
 
 
 def test_report_counts_what_the_cache_spares(report):
@@ -64,6 +43,6 @@ def test_report_has_finite_figures_with_their_spread(report):
 
 
 def test_repeats_below_one_are_refused(tmp_path):
-    done = run_tool("--quick", "--repeats", "0", folder=tmp_path)
+    done = run_tool("bench_prefix", "--quick", "--repeats", "0", folder=tmp_path)
     assert done.returncode == 2
     assert "--repeats=0 must be at least 1" in done.stderr

@@ -3,11 +3,7 @@
 import gc
 import json
 import math
-import os
-import subprocess
-import sys
 import xml.etree.ElementTree
-from pathlib import Path
 
 import exp_report
 import pytest
@@ -18,13 +14,12 @@ from exp_results import Results, Settings, figures
 from exp_rig import Job, Outcome, Recorder, Rig, outcome
 from exp_workload import Lengths, Shape, make_trace
 from random_adapters import write_random_adapter
+from tool_runs import run_tool
 
 from jchameleon.config import ATTENTION_PROJECTIONS, ModelConfig
 from jchameleon.runtime.outbox import Delta, RequestTiming
 from jchameleon.runtime.policy.presets import load_policy, policy_preset_names
 from jchameleon.sampling import SamplingParams
-
-ROOT = Path(__file__).resolve().parent.parent
 
 SETTINGS = Settings(model="tiny", trace=None, scale=0.1, num_requests=20)
 
@@ -349,21 +344,12 @@ def test_figure_points_stand_where_their_values_say():
 def smoke(tmp_path_factory):
     """Run the command on the tiny model twice; return both outputs and the file."""
     folder = tmp_path_factory.mktemp("experiment")
-    command = [sys.executable, ROOT / "tools" / "exp_policies.py", "--quick"]
-    command += ["--presets", "chameleon", "s-lora", "--seeds", "0", "--loads", "0.7"]
-    command += ["--work", folder, "--json", folder / "out.json"]
-    command += ["--svg", folder / "out.svg"]
-    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    arguments = ["--quick", "--presets", "chameleon", "s-lora", "--seeds", "0"]
+    arguments += ["--loads", "0.7", "--work", folder, "--json", folder / "out.json"]
+    arguments += ["--svg", folder / "out.svg"]
     outputs = []
     for _ in range(2):
-        ended = subprocess.run(
-            command,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
-            cwd=folder,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        ended = run_tool("exp_policies", *arguments, folder=folder)
         assert ended.returncode == 0, ended.stderr
         outputs.append((ended.stdout, ended.stderr))
     return outputs, folder
