@@ -14,6 +14,7 @@ from jchameleon.errors import CapacityError, EngineDeadError, InvalidRequestErro
 from jchameleon.llm import LLM
 from jchameleon.lora.adapter import HostAdapter
 from jchameleon.runtime.outbox import Outbox
+from jchameleon.runtime.output import OutputText
 from jchameleon.sampling import SamplingParams
 
 TINY = ModelConfig.preset("tiny")
@@ -347,6 +348,36 @@ def test_dying_engine_answers_everybody(adapter_dirs):
     with pytest.raises(EngineDeadError):
         llm.stats()
     llm.close()
+
+
+def test_text_that_kills_the_engine_leaves_nobody_waiting(monkeypatch):
+    """The request whose text fails is answered too, and so are all others."""
+    close = OutputText.close
+
+    def failing_close(text):
+        if text._matchers:
+            raise ValueError("injected")
+        return close(text)
+
+    monkeypatch.setattr(OutputText, "close", failing_close)
+    long = SamplingParams(max_tokens=400, ignore_eos=True)
+    short = SamplingParams(max_tokens=3, ignore_eos=True, stop=("never",))
+    with LLM(model="tiny", **SMALL) as llm:
+        submitted = []
+        for index, sampling in enumerate((short, long, long)):
+            outbox = Outbox()
+            one = llm.engine.prepare(
+                f"r{index}", [1, 2, 3], sampling, adapter_uid=None, outbox=outbox
+            )
+            llm.engine.submit(one)
+            submitted.append(outbox)
+        for outbox in submitted:
+            finish_reason = None
+            while finish_reason is None:
+                _, delta = outbox.get(timeout_s=20)
+                finish_reason = delta.finish_reason
+            assert finish_reason == "error" and "injected" in delta.error
+            assert delta.timing is not None
 
 
 def test_cancel_of_what_is_no_id_is_refused_and_harms_nobody(llm):

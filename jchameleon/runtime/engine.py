@@ -9,6 +9,7 @@ all live requests; other threads reach it through the inbox only.
 """
 
 import collections
+import contextlib
 import dataclasses
 import logging
 import math
@@ -68,11 +69,11 @@ IDLE_TICK_S = 0.05
 
 RECORDED_STEPS = 4096
 
+UNREGISTERED = "its adapter was unregistered"
+
 
 class Engine:
-    """Runs requests until closed. All public methods may be called from any thread,
-    and so may those of `adapters`.
-    """
+    """Runs requests until closed. Any thread may call it, and its `adapters`."""
 
     def __init__(
         self,
@@ -338,7 +339,7 @@ class Engine:
         """End what still names an adapter that nobody waited for to fall idle."""
         users = [i for i, r in self._live.items() if r.submission.adapter_uid == uid]
         for request_id in users:
-            self._finish(request_id, "aborted", "its adapter was unregistered")
+            self._finish(request_id, "aborted", UNREGISTERED)
         return [Cancel(request_id) for request_id in users]
 
     def _accept(self, submission: Submission) -> list[Event]:
@@ -352,7 +353,7 @@ class Engine:
         self._deadlines.add(live)
         uid, why = submission.adapter_uid, submission.revoked
         if why is None and uid is not None and not self.adapters.has_received(uid):
-            why = "its adapter was unregistered"
+            why = UNREGISTERED
         if why is not None:
             self._finish(submission.request_id, "aborted", why)
             return []
@@ -421,9 +422,14 @@ class Engine:
         """Send the last delta; pages return with the event that the caller reports."""
         if request_id in self._undelivered:
             self._deliver()
-        live = self._live.pop(request_id)
+        live, now_s = self._live[request_id], time.monotonic()
+        # A request stays open until there is an answer.
+        if self._death is None:
+            delta = live.last_delta(reason, now_s, error=error, drawn=drawn)
+        else:
+            delta = live.delta_at_death(reason, now_s, error)
+        del self._live[request_id]
         self._loads.forget(live)
-        delta = live.last_delta(reason, time.monotonic(), error=error, drawn=drawn)
         with self._ids_lock:
             self._open_ids.discard(request_id)
         live.submission.release()
@@ -444,6 +450,8 @@ class Engine:
                 self._questions.append(message)
             elif isinstance(message, AdapterRegistered | AdapterUnregistered):
                 self.adapters.receive(message)
+        with contextlib.suppress(Exception):  # the reason says what it died of
+            self._deliver()
         for request_id in list(self._live):
             self._finish(request_id, finish, reason)
         for question in self._questions:

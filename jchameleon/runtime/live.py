@@ -1,5 +1,7 @@
 """A request while it waits or runs: its tokens, pages, text and time marks."""
 
+import logging
+
 import numpy as np
 
 from jchameleon.models.tokenizer import Tokenizer
@@ -17,6 +19,8 @@ from jchameleon.runtime.outbox import (
 from jchameleon.runtime.output import OutputText
 from jchameleon.runtime.scoring import Targets
 from jchameleon.runtime.submission import Submission
+
+logger = logging.getLogger(__name__)
 
 
 class LiveRequest:
@@ -241,9 +245,7 @@ class LiveRequest:
         drawn: DrawnToken | None = None,
     ) -> Delta:
         """Return the end of the output, with a last token and the request's timing."""
-        arrival_s = self.submission.arrival_s
         self.adapter_arrived(now_s)
-        first_s = self._first_token_s
         self._leave_queue(now_s)
         logprobs = drawn.logprobs if drawn is not None else None
         return Delta(
@@ -253,16 +255,31 @@ class LiveRequest:
             prompt_logprobs=self._take_prompt_logprobs(),
             finish_reason=reason,
             error=error,
-            timing=RequestTiming(
-                queue_s=self._queue_s,
-                adapter_load_s=self._load_s,
-                ttft_s=None if first_s is None else first_s - arrival_s,
-                total_s=now_s - arrival_s,
-                adapter_cache_hit=self._cache_hit,
-                lane=self._lane,
-                wrs=self._wrs,
-                bypasses=self.bypasses,
-                squashes=self._squashes,
-                cached_tokens=self.cached_tokens,
-            ),
+            timing=self._timing(now_s),
+        )
+
+    def delta_at_death(
+        self, reason: FinishReason, now_s: float, error: str | None
+    ) -> Delta:
+        """Return `last_delta`, or without text if the engine died of that very text."""
+        try:
+            return self.last_delta(reason, now_s, error=error)
+        except Exception:
+            logger.exception("the text of %s is lost", self.submission.request_id)
+        timing = self._timing(now_s)
+        return Delta(finish_reason=reason, error=error, timing=timing)
+
+    def _timing(self, now_s: float) -> RequestTiming:
+        first_s, arrival_s = self._first_token_s, self.submission.arrival_s
+        return RequestTiming(
+            queue_s=self._queue_s,
+            adapter_load_s=self._load_s,
+            ttft_s=None if first_s is None else first_s - arrival_s,
+            total_s=now_s - arrival_s,
+            adapter_cache_hit=self._cache_hit,
+            lane=self._lane,
+            wrs=self._wrs,
+            bypasses=self.bypasses,
+            squashes=self._squashes,
+            cached_tokens=self.cached_tokens,
         )
