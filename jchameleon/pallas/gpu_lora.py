@@ -81,7 +81,13 @@ def multi_lora_gpu(
     check_shrink(shrink, group, page_elems)
     check_expand(expand, group, page_elems)
     h = shrink_call(
-        x.T, pool, work, group=group, prefill=prefill, config=shrink, interpret=interpret
+        x.T,
+        pool,
+        work,
+        group=group,
+        prefill=prefill,
+        config=shrink,
+        interpret=interpret,
     )
     out = expand_call(
         y.T,
@@ -217,9 +223,7 @@ def _shrink_kernel(
             )
 
         zero = jnp.zeros((block_rows, group_ranks), jnp.float32)
-        sums = lax.fori_loop(
-            0, span // block_k, tile, (zero,) * len(group.projections)
-        )
+        sums = lax.fori_loop(0, span // block_k, tile, (zero,) * len(group.projections))
         column = items_ref[3, at] * np.int32(group_ranks)
         column += jnp.arange(group_ranks, dtype=jnp.int32)
         for p, value in enumerate(sums):
