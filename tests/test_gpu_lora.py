@@ -214,6 +214,21 @@ def test_default_block_sizes_match_addresses():
     check(world, "qkv", [[4, 4, -1, 6]], prefill=False, function=function)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_kernels_lower_for_nvidia_gpus(shape, dtype):
+    """Interpreted kernels may use what Triton lacks; lowering needs no GPU."""
+    world = world_of(shape, dtype)
+    group = group_of(world.layout, "qkv")
+    y, x = random_inputs(world, "qkv", 64)
+    for prefill in (False, True):
+        work = GpuLoraWork(**build(world, np.full(64, 4), prefill=prefill))
+        call = jax.jit(functools.partial(multi_lora_gpu, group=group, prefill=prefill))
+        traced = call.trace(y, x, world.pool, work)
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+        assert "lora_shrink_qkv" in text and "lora_expand_qkv" in text
+
+
 @pytest.mark.parametrize("prefill", [False, True])
 def test_not_finite_rows_and_adapters_reach_no_others(prefill):
     world = world_of("hoist", "bfloat16")

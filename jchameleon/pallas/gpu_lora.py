@@ -68,6 +68,7 @@ def multi_lora_gpu(
             page_elems,
             num_items=work.items.shape[1],
             prefill=prefill,
+            elem_bytes=pool.dtype.itemsize,
             arch=arch,
         )
     if expand is None:
@@ -76,6 +77,7 @@ def multi_lora_gpu(
             page_elems,
             num_blocks=work.blocks.shape[1],
             prefill=prefill,
+            elem_bytes=pool.dtype.itemsize,
             arch=arch,
         )
     check_shrink(shrink, group, page_elems)
@@ -235,7 +237,7 @@ def _shrink_kernel(
 
 def _expand_kernel(
     counts_ref: Any,  # i32[2]
-    blocks_ref: Any,  # i32[4, NB]
+    blocks_ref: Any,  # i32[4, RB]
     pages_ref: Any,  # i32[C, W]
     h_ref: Any,  # f[splits, T, P * ranks]
     pool_ref: Any,  # f[P, E]

@@ -71,6 +71,7 @@ def choose_shrink(
     *,
     num_items: int,
     prefill: bool,
+    elem_bytes: int = 2,
     arch: str | None = None,
 ) -> ShrinkConfig:
     """Return the block sizes for a shape.
@@ -80,10 +81,16 @@ def choose_shrink(
     items in turn, so that live work alone costs.
 
     Args:
-      num_items: NW, the most items of a step.
+      num_items: the most items of a step.
+      elem_bytes: of the pool. Products of float32 take no tensor cores but registers,
+        which smaller tiles and more warps make up for.
       arch: "sm_80", "sm_86", "sm_90"; another or None counts as sm_80.
     """
-    block_k, splits, lookup = _tile_of_a(group, page_elems, prefill=prefill)
+    wide = elem_bytes > 2
+    most = 32 if wide else 64 if prefill else 128
+    block_k, splits, lookup = _tile_of_a(
+        group, page_elems, prefill=prefill, most_k=most
+    )
     programs = 4 * _MULTIPROCESSORS.get(arch or "", 108) // splits
     return ShrinkConfig(
         block_k=block_k,
@@ -91,7 +98,7 @@ def choose_shrink(
         lookup=lookup,
         programs=max(1, min(num_items, programs)),
         # With 16 columns all warps would repeat the same product.
-        num_warps=4 if prefill else 2,
+        num_warps=(4 if prefill else 2) * (2 if wide else 1),
         num_stages=3,
     )
 
@@ -102,10 +109,12 @@ def choose_expand(
     *,
     num_blocks: int,
     prefill: bool,
+    elem_bytes: int = 2,
     arch: str | None = None,
 ) -> ExpandConfig:
     """Return the block sizes for a shape; arguments as of `choose_shrink`."""
-    block_n = _power_of_two(_b_divisor(group, page_elems), most=128)
+    most = 64 if elem_bytes > 2 else 128
+    block_n = _power_of_two(_b_divisor(group, page_elems), most=most)
     lookup: Lookup = "hoist"
     if block_n < MIN_TILE:
         block_n, lookup = 32, "element"
@@ -180,15 +189,14 @@ def _check_tile(name: str, value: int) -> None:
 
 
 def _tile_of_a(
-    group: GroupLayout, page_elems: int, *, prefill: bool
+    group: GroupLayout, page_elems: int, *, prefill: bool, most_k: int
 ) -> tuple[int, int, Lookup]:
     """Return (block_k, splits, lookup); the cheapest lookup decides the splits."""
     d_in = group.d_in
-    block_k = _power_of_two(
-        math.gcd(d_in, page_elems, group.a_offset), most=64 if prefill else 128
-    )
+    divisor = math.gcd(d_in, page_elems, group.a_offset)
+    block_k = _power_of_two(divisor, most=most_k)
     if block_k < MIN_TILE:
-        return 64, 1, "element"
+        return min(64, most_k), 1, "element"
     # A prefill fills the GPU by itself, and writes h in half the bytes if it is whole.
     order = sorted(SPLITS) if prefill else SPLITS
     fitting = [splits for splits in order if d_in % (splits * block_k) == 0]

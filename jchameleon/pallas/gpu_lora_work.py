@@ -51,7 +51,7 @@ class GpuLoraWork:
       counts: i32[2], live items and live blocks; beyond them lists are not read.
       items: i32[4, NW], per work item: first row of its chunks in `pages`, first
         token, end token, index of the group within its adapter.
-      blocks: i32[4, NB], per row block: first row of its adapter in `pages`, first
+      blocks: i32[4, RB], per row block: first row of its adapter in `pages`, first
         token, end token, groups of the adapter.
       pages: i32[C, W], pages of each chunk. An adapter's chunks are neighbours, and
         rows of zeros (the null page) fill its last group.
@@ -66,7 +66,7 @@ class GpuLoraWork:
 def work_sizes(
     num_tokens: int, *, prefill: bool, max_chunks: int
 ) -> tuple[int, int, int]:
-    """Return (NB, NW, C) of the most demanding step of this shape.
+    """Return (RB, NW, C) of the most demanding step of this shape.
 
     A run in decode may be a single token. In prefill a request starts at a tile of
     `PREFILL_TILE_TOKENS`, and no block is shorter than what is left of its run.
