@@ -15,6 +15,7 @@ Glossary of the shape comments, here and in `models` and `runtime`:
   N   output features             V   vocabulary
   L   layers                      W   pages of a LoRA chunk
   NW  work items of the LoRA list CG  chunks of a work item
+  RB  row blocks of the GPU's LoRA lists      C   chunks in their page table
 
 Activations are feature-major, `f[D, T]`: with weights stored `[out, in]` a product is
 `weight @ x`, which XLA:CPU runs up to 1.6x faster at 8-32 tokens than `x @ weight.T`
