@@ -156,17 +156,17 @@ def _rope_write_kernel(
     q_norm, k_norm = norms or (None, None)
 
     @pl.when(head < heads)
-    def _():
+    def write_query() -> None:
         for n, x in enumerate(rotated(q_norm)):
             place = q_ref.at[token[:, None], head, feature[None, :] + n * half]
             _compat.store(place, x.astype(q_ref.dtype), mask=mask)
 
     @pl.when((head >= heads) & (head < heads + kv_heads))
-    def _():
+    def write_key() -> None:
         write_page(pages.key_row(head - heads, kv_heads), rotated(k_norm))
 
     @pl.when(head >= heads + kv_heads)
-    def _():
+    def write_value() -> None:
         write_page(pages.value_row(head - heads - kv_heads, kv_heads), halves())
 
 
@@ -210,7 +210,7 @@ def _write_kernel(
     v_ref,  # f[T, KVH, HD]
     page_ref,  # i32[T]
     slot_ref,  # i32[T]
-    _,  # the pool; only written, through the output
+    _,  # the pool itself: only written, and only through the output
     pool_ref,  # f[P, 2 KVH, BT, HD]
     *,
     tile_rows: int,
