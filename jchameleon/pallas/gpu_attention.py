@@ -48,7 +48,12 @@ class DecodeConfig:
 
 
 def decode_config(
-    rows: int, kv_heads: int, max_context_tokens: int, *, arch: str | None
+    rows: int,
+    kv_heads: int,
+    head_dim: int,
+    max_context_tokens: int,
+    *,
+    arch: str | None,
 ) -> DecodeConfig:
     """Return the configuration for a decode step; not measured on hardware yet.
 
@@ -64,7 +69,8 @@ def decode_config(
         and 4 * 2 * splits * bn <= max_context_tokens
     ):
         splits *= 2
-    return DecodeConfig(bn=bn, splits=splits, num_warps=4, num_stages=3)
+    num_warps = 8 if head_dim > 128 else 4
+    return DecodeConfig(bn=bn, splits=splits, num_warps=num_warps, num_stages=3)
 
 
 def paged_attention_gpu(
@@ -127,7 +133,7 @@ def paged_attention_gpu(
     if isinstance(config, PrefillConfig) or blocks is not None:
         raise ValueError("PrefillConfig and blocks are for tiles of several tokens")
     config = config or decode_config(
-        num_tokens, kv_heads, max_blocks * block_tokens, arch=arch
+        num_tokens, kv_heads, head_dim, max_blocks * block_tokens, arch=arch
     )
     out = _attend_rows(
         q, rows, page_table, context_tokens, config=config, interpret=interpret

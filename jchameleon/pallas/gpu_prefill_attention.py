@@ -41,22 +41,40 @@ class PrefillConfig:
                 raise ValueError(f"{name}={value} must be a power of two >= 16")
 
 
-def prefill_config(rows: int, head_dim: int, *, arch: str | None) -> PrefillConfig:
+def max_rows(head_dim: int, dtype: np.dtype) -> int:
+    """Return the most rows of a program whose registers do not spill (compiled)."""
+    if dtype == np.float32:  # without tensor cores: products take many registers
+        return 32
+    return 128 if head_dim <= 128 else 64
+
+
+def prefill_config(
+    rows: int, head_dim: int, dtype: np.dtype, *, arch: str | None
+) -> PrefillConfig:
     """Return the configuration for `rows` rows that one KV head offers to a program.
 
     Chosen for registers without spills; not measured on hardware yet.
     """
-    bm = min(128, max(pages.MIN_ROWS, pages.power_of_two(rows)))
+    bm = max(pages.MIN_ROWS, pages.power_of_two(rows))
+    bm = min(bm, max_rows(head_dim, dtype))
     bn = 64 if arch == "sm_90" and head_dim <= 128 else 32
-    return PrefillConfig(bm=bm, bn=bn, num_warps=8 if bm >= 128 else 4, num_stages=2)
+    return PrefillConfig(
+        bm=bm,
+        bn=16 if dtype == np.float32 else bn,
+        num_warps=8 if bm >= 128 or head_dim > 128 else 4,
+        num_stages=2,
+    )
 
 
-def attention_block_tiles(heads: int, kv_heads: int, tile_tokens: int) -> int:
+def attention_block_tiles(
+    heads: int, kv_heads: int, head_dim: int, dtype: np.dtype, *, tile_tokens: int
+) -> int:
     """Return how many prefill tiles fill the rows of one program.
 
     Query heads of one KV head come first: they need no neighbouring tile.
     """
-    return max(1, 128 // (pages.power_of_two(heads // kv_heads) * tile_tokens))
+    together = pages.power_of_two(heads // kv_heads)
+    return max(1, max_rows(head_dim, dtype) // (together * tile_tokens))
 
 
 def build_attention_blocks(
@@ -114,9 +132,11 @@ def attend_tiles(
         blocks = jnp.stack([first, jnp.full_like(first, tile), context_tokens], axis=1)
     else:
         pages.check_integers(blocks=blocks)
-        tokens = tile * attention_block_tiles(heads, kv_heads, tile)
+        tokens = tile * attention_block_tiles(
+            heads, kv_heads, head_dim, q.dtype, tile_tokens=tile
+        )
     config = config or prefill_config(
-        tokens * pages.power_of_two(group), head_dim, arch=arch
+        tokens * pages.power_of_two(group), head_dim, q.dtype, arch=arch
     )
     if config.bm < tokens:
         raise ValueError(f"bm={config.bm} must hold a block of {tokens} tokens")
