@@ -209,8 +209,7 @@ def _decode_kernel(
 ):
     row, head, split = pl.program_id(0), pl.program_id(1), pl.program_id(2)
     heads, head_dim = q_ref.shape[1:]
-    kv_heads, block_tokens = pool_ref.shape[1] // 2, pool_ref.shape[2]
-    group = heads // kv_heads
+    group = heads // (pool_ref.shape[1] // 2)
     context = context_ref[row]
     first, end = split_turns(context, split, splits=splits, bn=bn)
 
@@ -229,12 +228,7 @@ def _decode_kernel(
         def turn(i: jax.Array, carry: pages.Carry) -> pages.Carry:
             at = i * bn + jnp.arange(bn, dtype=jnp.int32)
             written = pages.written_keys(at, context)
-            page = pages.token_pages(table_ref, row, at, written, block_tokens)
-            slots = lax.rem(at, block_tokens)
-            key_row = pages.key_row(head, kv_heads)
-            value_row = pages.value_row(head, kv_heads)
-            k = pages.load_rows(pool_ref, page, key_row, slots, written)
-            v = pages.load_rows(pool_ref, page, value_row, slots, written)
+            k, v = pages.load_keys_values(pool_ref, table_ref, row, head, at, written)
             scores = pages.dot(q, k.T) * (pages.LOG2_E / math.sqrt(head_dim))
             return pages.add_keys(carry, scores, written[None, :], v)
 

@@ -113,6 +113,23 @@ def load_rows(
     return _compat.load(place, mask=mask, other=0.0)
 
 
+def load_keys_values(
+    pool_ref,  # f[P, 2 KVH, BT, HD]
+    table_ref,  # i32[NT, NB]
+    tile: jax.Array,  # i32
+    head: jax.Array,  # i32, KV head
+    at: jax.Array,  # i32[S], positions
+    written: jax.Array,  # bool[S]
+) -> tuple[jax.Array, jax.Array]:  # f[S, HD as a power of two] each
+    """Return keys and values of one head at S positions of a tile's request."""
+    kv_heads, block_tokens = pool_ref.shape[1] // 2, pool_ref.shape[2]
+    page = token_pages(table_ref, tile, at, written, block_tokens)
+    slots = lax.rem(at, block_tokens)
+    k = load_rows(pool_ref, page, key_row(head, kv_heads), slots, written)
+    v = load_rows(pool_ref, page, value_row(head, kv_heads), slots, written)
+    return k, v
+
+
 def dot(left: jax.Array, right: jax.Array) -> jax.Array:
     """Return the f32 product; float32 operands are not rounded to TF32."""
     assert left.shape[1] >= MIN_CONTRACTION

@@ -177,8 +177,7 @@ def _prefill_kernel(
     bn: int,
 ):
     heads, head_dim = q_ref.shape[1:]
-    kv_heads, block_tokens = pool_ref.shape[1] // 2, pool_ref.shape[2]
-    group = heads // kv_heads
+    group = heads // (pool_ref.shape[1] // 2)
     chunks = -(-group // together)
     head = lax.div(pl.program_id(0), chunks)
     chunk = lax.rem(pl.program_id(0), chunks)
@@ -201,14 +200,9 @@ def _prefill_kernel(
         def turn(i: jax.Array, carry: pages.Carry) -> pages.Carry:
             at = i * bn + jnp.arange(bn, dtype=jnp.int32)
             written = pages.written_keys(at, context)
-            page = pages.token_pages(
-                table_ref, first // tile, at, written, block_tokens
+            k, v = pages.load_keys_values(
+                pool_ref, table_ref, lax.div(first, tile), head, at, written
             )
-            slots = lax.rem(at, block_tokens)
-            key_row = pages.key_row(head, kv_heads)
-            value_row = pages.value_row(head, kv_heads)
-            k = pages.load_rows(pool_ref, page, key_row, slots, written)
-            v = pages.load_rows(pool_ref, page, value_row, slots, written)
             scores = pages.dot(q, k.T) * (pages.LOG2_E / math.sqrt(head_dim))
             return pages.add_keys(carry, scores, seen_keys(at, position), v)
 
