@@ -1,6 +1,5 @@
 """Paged keys, values and attention against a loop over tokens, in poisoned pools."""
 
-import dataclasses
 import functools
 import math
 import re
@@ -10,6 +9,14 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from paged_cases import (
+    Part,
+    Shape,
+    attend_densely,
+    check_attention,
+    make_step,
+    put,
+)
 
 from jchameleon.config import PROJECTIONS, TRASH_PAGE, ModelConfig
 from jchameleon.lora.layout import ChunkLayout
@@ -47,31 +54,6 @@ def forms(shape):
 CONTEXTS = (1, 15, 16, 17, 127, 128, 129, 300)
 
 
-@dataclasses.dataclass(frozen=True)
-class Shape:
-    heads: int
-    kv_heads: int
-    head_dim: int
-    block_tokens: int = 16
-    dtype: str = "float32"
-
-    @property
-    def page_elems(self):
-        return 2 * self.kv_heads * self.block_tokens * self.head_dim
-
-
-@dataclasses.dataclass(frozen=True)
-class Part:
-    """Tokens start .. start + length - 1 of a request, which has `start` before them.
-
-    `shared` first blocks are those of the request before it.
-    """
-
-    start: int
-    length: int
-    shared: int = 0
-
-
 @functools.cache
 def compiled(form, shape):
     write, attend = FORMS[form]
@@ -93,95 +75,17 @@ def compiled(form, shape):
     return jax.jit(step)
 
 
-def put(pool, shape, page, slot, k, v):
-    """Place one token's [KVH, HD] key and value; a page is [2, KVH, BT, HD]."""
-    for half, values in enumerate((k, v)):
-        for head in range(shape.kv_heads):
-            row = half * shape.kv_heads + head
-            at = (row * shape.block_tokens + slot) * shape.head_dim
-            pool[page, at : at + shape.head_dim] = values[head]
-
-
-def attend_densely(q, k, v):
-    """Return [H, HD] for one query [H, HD] over keys and values [n, KVH, HD]."""
-    q, k, v = (array.astype(np.float64) for array in (q, k, v))
-    out = np.empty_like(q)
-    for head in range(len(q)):
-        kv_head = head // (len(q) // k.shape[1])
-        scores = k[:, kv_head] @ q[head] / math.sqrt(q.shape[1])
-        weights = np.exp(scores - scores.max())
-        out[head] = weights / weights.sum() @ v[:, kv_head]
-    return out
-
-
-def check_step(shape, parts, *, num_tokens, tile, max_context=300, seed=0):
-    """Run a step of `parts` in both forms and hold it to the loop over tokens.
-
-    Pages lie in random order. Every slot that no token wrote, in pages of these
-    requests and in all others, is NaN, and so are keys and values of padding tokens.
-    """
-    rng = np.random.default_rng([seed, num_tokens])
-    dtype = np.dtype(shape.dtype)
-    block = shape.block_tokens
-    max_blocks = -(-max_context // block)
-    num_pages = 3 + 8 * max_blocks
-    free = (rng.permutation(num_pages - 2) + 2).tolist()
-    pool = np.full((num_pages, shape.page_elems), np.nan, dtype)
-    pool[0] = 0
-
-    num_tiles = num_tokens // tile
-    q = rng.standard_normal((shape.heads, shape.head_dim, num_tokens)).astype(dtype)
-    k = np.full((shape.kv_heads, shape.head_dim, num_tokens), np.nan, dtype)
-    v = k.copy()
-    kv_pages = np.full(num_tokens, TRASH_PAGE, np.int32)
-    table = np.zeros((num_tiles, max_blocks), np.int32)
-    positions = np.zeros(num_tokens, np.int32)
-    context = np.ones(num_tiles, np.int32)
-    writes, queries = [], []
-    first = 0
-    pages, keys, values = [], None, None
-    for part in parts:
-        total = part.start + part.length
-        shared = pages[: part.shared]
-        pages = shared + [free.pop() for _ in range(-(-total // block) - len(shared))]
-        old = (keys, values)
-        keys = 2 * rng.standard_normal((total, shape.kv_heads, shape.head_dim))
-        keys = keys.astype(dtype)
-        values = rng.standard_normal(keys.shape).astype(dtype)
-        if shared:
-            same = len(shared) * block
-            keys[:same], values[:same] = old[0][:same], old[1][:same]
-        for at in range(part.start):
-            put(pool, shape, pages[at // block], at % block, keys[at], values[at])
-        for i in range(part.length):
-            at, token = part.start + i, first * tile + i
-            k[:, :, token], v[:, :, token] = keys[at], values[at]
-            kv_pages[token], positions[token] = pages[at // block], at
-            writes.append((pages[at // block], at % block, keys[at], values[at]))
-            queries.append((token, keys[: at + 1], values[: at + 1]))
-        for n in range(-(-part.length // tile)):
-            table[first, : len(pages)] = pages
-            context[first] = min(part.start + (n + 1) * tile, total)
-            first += 1
-    assert first <= num_tiles
-
-    after = pool.copy()
-    for write in writes:
-        put(after, shape, *write)
-    bits = f"u{dtype.itemsize}"
-    inputs = (q, k, v, kv_pages, table, positions, context)
-    real = np.array([token for token, _, _ in queries])
-    expected = np.stack(
-        [attend_densely(q[:, :, token], ks, vs) for token, ks, vs in queries], axis=-1
-    )
-    tolerance = 2e-5 if dtype == np.float32 else 3e-2
+def check_step(shape, parts, **layout):
+    """Run a step of `parts` in all forms and hold it to the loop over tokens."""
+    step = make_step(shape, parts, **layout)
+    after = step.after
+    bits = f"u{after.dtype.itemsize}"
+    inputs = (step.q, step.k, step.v)
+    inputs += (step.kv_pages, step.table, step.positions, step.context)
     for form in forms(shape):
-        new_pool, out = compiled(form, shape)(pool, *inputs)
-        new_pool, out = np.array(new_pool), np.asarray(out)
-        assert out.dtype == dtype
-        found = out[:, :, real].astype(np.float64)
-        assert (np.abs(found - expected) <= tolerance).all(), form
-        assert np.isfinite(out.astype(np.float32)).all(), form  # padding as well
+        new_pool, out = compiled(form, shape)(step.pool, *inputs)
+        check_attention(out, step, form)
+        new_pool = np.array(new_pool)
         new_pool[TRASH_PAGE] = after[TRASH_PAGE]
         assert (new_pool.view(bits) == after.view(bits)).all(), form
 

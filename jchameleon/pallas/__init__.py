@@ -2,6 +2,7 @@
 
 Each operation has one signature and, so far, two bodies: a reference in plain
 `jax.numpy` (`reference.py`) and a fast XLA path for CPU (one module per operation).
+The `gpu_*` modules are Pallas kernels that the engine does not use yet.
 
 Glossary of the shape comments, here and in `models` and `runtime`:
 
