@@ -174,6 +174,15 @@ def count_rematerialised(module: Module) -> int:
     return sum("remat" in one.name for _, one in module.launched())
 
 
+def own_kernels(module: Module) -> set[str]:
+    """Return the names of hand-written kernels that the module calls."""
+    return {
+        one.scope.split("/")[-2]
+        for _, one in module.launched()
+        if one.opcode == "custom-call" and one.scope.endswith("/pallas_call")
+    }
+
+
 def moved_bytes(
     module: Module,
     trips: Callable[[Instruction], int],
@@ -197,7 +206,7 @@ def moved_bytes(
                 assert one.called is not None
                 body = of_computation(one.called)
                 part = None if body is None else body * trips(one)
-            elif one.opcode == "custom-call" and "triton" in one.attributes:
+            elif one.opcode == "custom-call" and one.scope.endswith("/pallas_call"):
                 part = kernel_bytes(one)
             else:
                 part = _instruction_bytes(module, name, one)

@@ -1,6 +1,7 @@
 """Compile an engine's programs for a GPU that is not there, from shapes only."""
 
 import dataclasses
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -59,7 +60,11 @@ class Shapes:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Program:
-    """One compiled program and what its compile left behind."""
+    """One compiled program and what its compile left behind.
+
+    Attributes:
+      own_kernels: names of those of `kernels` that XLA did not generate.
+    """
 
     name: str
     compile_s: float
@@ -74,6 +79,7 @@ class Program:
     commands: int
     launches: int
     kernels: list[Kernel]
+    own_kernels: frozenset[str]
     module: aot_hlo.Module
 
 
@@ -202,6 +208,16 @@ def _compile(
     thunks = aot_hlo.read_thunks(_thunk_text(dumped))
     weights = {leaf.size for leaf in shapes.params.leaves if leaf.ndim > 1}
     pools = {shapes.pools[0].size}
+    kernels = read_kernels(
+        [path for path in dumped if path.suffix == ".ptx"], thunks.launches, target
+    )
+    # XLA numbers kernels of one name.
+    own = {
+        kernel.name
+        for kernel in kernels
+        if re.sub(r"_+\d+$", "", kernel.name) in aot_hlo.own_kernels(module)
+        or kernel.name in aot_hlo.own_kernels(module)
+    }
     return Program(
         name=name,
         compile_s=compile_s,
@@ -215,9 +231,8 @@ def _compile(
         command_buffers=thunks.command_buffers,
         commands=thunks.commands,
         launches=thunks.kernels,
-        kernels=read_kernels(
-            [path for path in dumped if path.suffix == ".ptx"], thunks.launches, target
-        ),
+        kernels=kernels,
+        own_kernels=frozenset(own),
         module=module,
     )
 
