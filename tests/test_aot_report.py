@@ -210,6 +210,10 @@ def test_copies_of_weights_and_pools_are_counted(extra, weights, pools):
     assert len(aot_hlo.pool_copies(module, {1000 * 64})) == pools
 
 
+def test_gather_of_a_weights_size_is_no_copy_of_a_weight():
+    assert "read" not in aot_hlo.weight_copies(module_with(), {4 * 64})
+
+
 def test_rematerialised_operations_are_counted_by_name():
     module = module_with("  %read.remat = f32[4,64]{1,0} copy(%read)\n")
     assert aot_hlo.count_rematerialised(module) == 1

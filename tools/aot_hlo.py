@@ -156,17 +156,14 @@ def weight_copies(module: Module, elems: Collection[int]) -> list[str]:
     """
     return [
         one.name
-        for place, one in _rewrites(module, elems)
-        if any(
-            _is_parameter(module.computations[place], operand)
-            for operand in one.operands
-        )
+        for place, one, sources in _rewrites(module, elems)
+        if any(_is_parameter(module.computations[place], name) for name in sources)
     ]
 
 
 def pool_copies(module: Module, elems: Collection[int]) -> list[str]:
     """Return instructions that write a whole pool anew; in place does not count."""
-    return [one.name for _, one in _rewrites(module, elems)]
+    return [one.name for _, one, _ in _rewrites(module, elems)]
 
 
 def count_rematerialised(module: Module) -> int:
@@ -264,31 +261,34 @@ def _read_bytes(body: Computation, parameter: Instruction, operand: Instruction)
 
 def _rewrites(
     module: Module, elems: Collection[int]
-) -> Iterator[tuple[str, Instruction]]:
-    """Yield instructions that yield one of these sizes, made of one operand's values.
+) -> Iterator[tuple[str, Instruction, list[str]]]:
+    """Yield instructions that yield one of these sizes, and the operands it comes from.
 
-    That is a copy, a cast or transposition, or a slice of a stack; not an update in
-    place.
+    Such an operand has the size itself, for a copy, a cast or a transposition, or is a
+    stack that a slice of this size is taken from. Updates in place do not count.
     """
     for place, one in module.launched():
         if one.opcode not in ("copy", "copy-start", "fusion", "transpose", "convert"):
             continue
         sizes = {count for _, count in one.shapes}.intersection(elems)
-        if not sizes:
+        body = module.computations.get(one.called or "", {})
+        if not sizes or any(inner.opcode in _IN_PLACE for inner in body.values()):
             continue
         known = module.computations[place]
-        whole = any(
-            count in sizes
-            for name in one.operands
-            if name in known
-            for _, count in known[name].shapes
+        operands = [name for name in one.operands if name in known]
+        sliced = any(
+            inner.opcode == "dynamic-slice" and inner.shapes[0][1] in sizes
+            for inner in body.values()
         )
-        body = module.computations.get(one.called or "", {})
-        opcodes = {inner.opcode for inner in body.values()}
-        if opcodes.intersection(_IN_PLACE):
-            continue
-        if whole or "dynamic-slice" in opcodes:
-            yield place, one
+        sources = [
+            name
+            for name in operands
+            if any(count in sizes for _, count in known[name].shapes)
+            or sliced
+            and any(count > max(sizes) for _, count in known[name].shapes)
+        ]
+        if sources:
+            yield place, one, sources
 
 
 def _is_parameter(computation: Computation, name: str) -> bool:
