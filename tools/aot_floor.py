@@ -146,7 +146,7 @@ def traffic_batch(
     builder = shapes.builder
     length = min(traffic.context_tokens, tokens) if prefill else 1
     count = tokens // length
-    blocks = -(-shapes.config.max_model_len // shapes.config.kv_block_tokens)  # type: ignore[operator]
+    blocks = shapes.max_blocks
     uids = [f"adapter-{i}" for i in range(count)]
     for uid, rank in zip(uids, row_ranks(traffic, count), strict=True):
         builder.place(uid, (2,) * shapes.layout.num_pages(rank))

@@ -226,7 +226,7 @@ def _instruction_bytes(module: Module, place: str, one: Instruction) -> int:
     updates = [inner for inner in body.values() if inner.opcode in _IN_PLACE]
     parameters = sorted(
         (inner for inner in body.values() if inner.opcode == "parameter"),
-        key=lambda inner: int(re.match(r"\d+", inner.attributes)[0]),  # type: ignore
+        key=lambda inner: int(inner.attributes),
     )
     read = sum(
         _read_bytes(body, parameter, operand)
@@ -314,7 +314,7 @@ def _parse_instruction(line: str) -> Instruction | None:
         ),
         operands=tuple(_NAME.findall(operands)),
         # A parameter's number stands where others have operands.
-        attributes=operands[1:] if opcode == "parameter" else attributes,
+        attributes=operands[1:-1] if opcode == "parameter" else attributes,
         is_root=left.startswith("ROOT "),
     )
 

@@ -41,6 +41,7 @@ class Shapes:
 
     Attributes:
       pools: L descriptions of bf16[P, E].
+      max_blocks: KV blocks of the longest request.
     """
 
     model: ModelConfig
@@ -50,6 +51,7 @@ class Shapes:
     params: ModelParams
     pools: list[jax.ShapeDtypeStruct]
     builder: BatchBuilder
+    max_blocks: int
     device: Any
 
     @property
@@ -129,9 +131,10 @@ def describe_engine(
     if pages <= RESERVED_PAGES:
         raise ValueError(
             f"{model.name} has {weights / 1e9:.1f} GB of weights and leaves no room "
-            f"for a pool on a {target.name} of {target.memory_bytes / 1e9:.1f} GB"
+            f"for a pool on {target.name} of {target.memory_bytes / 1e9:.1f} GB"
         )
     max_len = config.max_model_len or default_max_model_len(model)
+    max_blocks = -(-max_len // config.kv_block_tokens)
     return Shapes(
         model=model,
         config=config,
@@ -142,9 +145,10 @@ def describe_engine(
         builder=BatchBuilder(
             layout,
             block_tokens=config.kv_block_tokens,
-            max_blocks=-(-max_len // config.kv_block_tokens),
+            max_blocks=max_blocks,
             max_chunks=layout.num_chunks(config.max_lora_rank),
         ),
+        max_blocks=max_blocks,
         device=device,
     )
 
