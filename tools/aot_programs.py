@@ -86,20 +86,22 @@ class Program:
 
 
 def choose_backend(wanted: str | None) -> Operations:
-    """Return the operations of a backend; None takes Pallas where there is such.
+    """Return the operations of a backend; None takes hand-written kernels, else XLA.
 
     Raises:
       ValueError: there is no such backend for a GPU.
     """
     known = {
-        name: getattr(operations, name.upper())
-        for name in ("pallas", "xla")
-        if hasattr(operations, name.upper())
+        ops.name: ops
+        for ops in vars(operations).values()
+        if isinstance(ops, Operations) and ops is not operations.CPU
     }
     if wanted is None:
-        return next(iter(known.values()))
+        return known.get("pallas", operations.XLA)
     if wanted not in known:
-        raise ValueError(f"backend={wanted!r} must be one of {', '.join(known)}")
+        raise ValueError(
+            f"backend={wanted!r} must be one of {', '.join(sorted(known))}"
+        )
     return known[wanted]
 
 
