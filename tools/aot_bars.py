@@ -29,6 +29,8 @@ COMPILE_S = 60.0
 def kernel_faults(kernel: Kernel, *, decode: bool) -> list[str]:
     """Return a line for each bar that one of our kernels misses."""
     faults = generated_faults(kernel)
+    if kernel.spill_bytes:
+        faults.append(f"{kernel.name}: spills {kernel.spill_bytes} bytes")
     most = DECODE_REGISTERS if decode else PREFILL_REGISTERS
     if kernel.registers > most:
         faults.append(f"{kernel.name}: {kernel.registers} registers, at most {most}")
@@ -49,8 +51,6 @@ def kernel_faults(kernel: Kernel, *, decode: bool) -> list[str]:
 def generated_faults(kernel: Kernel) -> list[str]:
     """Return a line for each bar that any kernel misses, XLA's included."""
     faults = []
-    if kernel.spill_bytes:
-        faults.append(f"{kernel.name}: spills {kernel.spill_bytes} bytes")
     if kernel.instructions.halved:
         faults.append(
             f"{kernel.name}: {kernel.instructions.halved} products sum half of a "
