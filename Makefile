@@ -1,7 +1,8 @@
 # Every target makes what it needs: a virtual environment of its own, rebuilt when
 # pyproject.toml changes. Set PYTHON to use another interpreter.
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format smoke-py312 bench-planner experiments clean
+.PHONY: help demo test lint format smoke-py312 test-gpu-aot test-gpu-aot-full \
+	bench-planner experiments clean
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 
@@ -35,6 +36,7 @@ help:
 	@echo "make lint           ruff and mypy"
 	@echo "make format         rewrite the sources as the linter wants them"
 	@echo "make smoke-py312    a short run on Python 3.12, without torch"
+	@echo "make test-gpu-aot   what a compiler says of our programs for GPUs; needs none"
 	@echo "make bench-planner  the planner against its bars (3 minutes, idle machine)"
 	@echo "make experiments    policy presets on the real engine (an hour, idle machine)"
 	@echo "make clean          remove environments, caches and built files"
@@ -47,6 +49,19 @@ help:
 
 .venv-py312/.ready: pyproject.toml
 	$(call make_venv,$(PYTHON312),.venv-py312,.[test])
+
+# XLA's and NVIDIA's compilers without the libraries that only a GPU can run: of the
+# plugin's own version of jax, and without what it would bring along.
+.venv-gpu-aot/.ready: pyproject.toml
+	@echo "setting up .venv-gpu-aot with $$($(PYTHON) --version) ..."
+	@rm -rf .venv-gpu-aot
+	@$(PYTHON) -m venv .venv-gpu-aot
+	@.venv-gpu-aot/bin/python -m pip install $(PIP_FLAGS) --editable . \
+		'hypothesis>=6.100' 'pytest>=8.3,<10' 'pytest-timeout>=2.3'
+	@version=$$(.venv-gpu-aot/bin/python -c 'import jaxlib; print(jaxlib.__version__)') \
+		&& .venv-gpu-aot/bin/python -m pip install $(PIP_FLAGS) --no-deps \
+		jax-cuda12-plugin==$$version jax-cuda12-pjrt==$$version nvidia-cuda-nvcc-cu12
+	@touch $@
 
 demo: .venv-demo/.ready
 	@.venv-demo/bin/python tools/demo.py
@@ -68,6 +83,14 @@ smoke-py312: .venv-py312/.ready
 	@.venv-py312/bin/jchameleon generate --model tiny --prompt "Hello" --max-tokens 8
 	@.venv-py312/bin/python -m pytest --quiet $(PYTEST_ARGS) $(SMOKE_TESTS)
 
+test-gpu-aot: .venv-gpu-aot/.ready
+	@.venv-gpu-aot/bin/python -m pytest $(PYTEST_ARGS) tests/test_gpu_aot.py
+
+test-gpu-aot-full: .venv-gpu-aot/.ready
+	@for target in a40 a100 h100; do for model in llama-7b llama-3-8b smollm2-135m; do \
+		.venv-gpu-aot/bin/python -m pytest $(PYTEST_ARGS) tests/test_gpu_aot.py \
+			--timeout 900 --gpu-target $$target --gpu-model $$model; done; done
+
 bench-planner: .venv-test/.ready
 	@mkdir -p build
 	@.venv-test/bin/python tools/bench_planner.py --json build/bench_planner.json
@@ -82,6 +105,6 @@ experiments: .venv-test/.ready
 		$(if $(TRACE),--trace $(TRACE)) --json build/exp_smollm2.json
 
 clean:
-	rm -rf .venv-demo .venv-test .venv-py312 build dist
+	rm -rf .venv-demo .venv-test .venv-py312 .venv-gpu-aot build dist
 	rm -rf .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -3,6 +3,7 @@
 import os
 
 import hypothesis
+import pytest
 
 # Read by jax when it is first imported, here and in the processes that tests start:
 # no silent widening of dtypes, no silent broadcasting of ranks.
@@ -18,3 +19,17 @@ hypothesis.settings.register_profile(
     suppress_health_check=[hypothesis.HealthCheck.too_slow],
 )
 hypothesis.settings.load_profile("tests")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Let `make` choose what tests/test_gpu_aot.py compiles."""
+    parser.addoption(
+        "--gpu-target",
+        action="append",
+        help="a GPU to compile for, or several; a40 if none is named",
+    )
+    parser.addoption(
+        "--gpu-model",
+        action="append",
+        help="a model whose programs to compile, or several; smollm2-135m if none",
+    )

@@ -34,7 +34,7 @@ from jchameleon.pallas.reference import (
     paged_attention_reference,
     write_kv_reference,
 )
-from jchameleon.runtime.programs import ModelParams, StepBatch, model_step
+from jchameleon.runtime.programs import ModelParams, StepBatch, compile_step
 
 compile_operations(CPU)
 
@@ -235,17 +235,13 @@ def test_compiled_step_updates_the_pool_in_place(num_tokens, tile, ops):
     )
     pool = jax.ShapeDtypeStruct((num_pages, layout.page_elems), jnp.float32)
     pool_bytes = num_pages * layout.page_elems * 4
-    step = functools.partial(
-        model_step,
-        treedef=params.treedef,
+    program = compile_step(
+        params,
+        [pool] * config.num_layers,
+        batch,
         layout=layout,
         block_tokens=block_tokens,
         ops=ops,
-    )
-    program = (
-        jax.jit(step, donate_argnums=1)
-        .lower(params.leaves, [pool] * config.num_layers, batch)
-        .compile()
     )
     memory = program.memory_analysis()
     assert memory.alias_size_in_bytes == pool_bytes * config.num_layers

@@ -7,7 +7,6 @@ caller.
 
 import concurrent.futures
 import dataclasses
-import functools
 import logging
 import time
 from collections.abc import Sequence
@@ -32,8 +31,8 @@ from jchameleon.runtime.batch import (
 from jchameleon.runtime.drawing import Drawing, Draws
 from jchameleon.runtime.programs import (
     ModelParams,
-    commit_load,
-    model_step,
+    compile_commit,
+    compile_step,
 )
 from jchameleon.runtime.scoring import Scores, Scoring
 from jchameleon.runtime.transfer import Piece, piece_pages
@@ -234,17 +233,13 @@ class Executor:
         tile, num_tokens = shape
         start_s = time.monotonic()
         batch = self._builder.build([], num_tokens, prefill=tile > 1)
-        step = functools.partial(
-            model_step,
-            treedef=self._params.treedef,
+        self._steps[shape] = compile_step(
+            self._params,
+            self._pools,
+            batch,
             layout=self.layout,
             block_tokens=self.config.kv_block_tokens,
             ops=self._ops,
-        )
-        self._steps[shape] = (
-            jax.jit(step, donate_argnums=1)
-            .lower(self._params.leaves, self._pools, batch)
-            .compile()
         )
         name = f"decode[{num_tokens}]" if tile == 1 else f"prefill[{num_tokens}]"
         self.compile_seconds[name] = time.monotonic() - start_s
@@ -252,16 +247,7 @@ class Executor:
     def _compile_commit(self) -> None:
         start_s = time.monotonic()
         count = piece_pages(self.layout)
-        block = jax.ShapeDtypeStruct(
-            (self.model.num_layers, count, self.layout.page_elems),
-            self._dtype,
-            sharding=jax.sharding.SingleDeviceSharding(self._device),
-        )
-        self._commit = (
-            jax.jit(commit_load, donate_argnums=0)
-            .lower(self._pools, np.zeros(count, np.int32), block)
-            .compile()
-        )
+        self._commit = compile_commit(self._pools, count)
         self.compile_seconds[f"commit[{count}]"] = time.monotonic() - start_s
 
 

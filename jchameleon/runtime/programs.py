@@ -159,31 +159,77 @@ def _layer_step(
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         nonlocal new_pool
-        new_pool = ops.write_kv(
-            new_pool,
-            k,
-            v,
-            batch.kv_pages,
-            batch.positions % block_tokens,
-            block_tokens=block_tokens,
-        )
-        return ops.paged_attention(
-            q,
-            new_pool,
-            batch.page_table,
-            batch.positions,
-            batch.context_tokens,
-            kv_heads=config.num_kv_heads,
-            block_tokens=block_tokens,
-        )
+        with jax.named_scope("write_kv"):
+            new_pool = ops.write_kv(
+                new_pool,
+                k,
+                v,
+                batch.kv_pages,
+                batch.positions % block_tokens,
+                block_tokens=block_tokens,
+            )
+        with jax.named_scope("paged_attention"):
+            return ops.paged_attention(
+                q,
+                new_pool,
+                batch.page_table,
+                batch.positions,
+                batch.context_tokens,
+                kv_heads=config.num_kv_heads,
+                block_tokens=block_tokens,
+            )
 
     def adapt(name: str, h: jax.Array, y: jax.Array) -> jax.Array:
         if name not in groups:
             return y
-        return ops.multi_lora(y, h, new_pool, batch.lora, group=groups[name])
+        with jax.named_scope("multi_lora"):
+            return ops.multi_lora(y, h, new_pool, batch.lora, group=groups[name])
 
     x = layer(x, rope, attend=attend, adapt=adapt)
     return x, new_pool
+
+
+def compile_step(
+    params: ModelParams,
+    pools: Sequence[Any],  # L of f[P, E]
+    batch: StepBatch,
+    *,
+    layout: ChunkLayout,
+    block_tokens: int,
+    ops: Operations = XLA,
+) -> Any:
+    """Compile `model_step` for these shapes; arrays or what describes them will do.
+
+    Called with (leaves, pools, batch) of the same shapes; the pools are donated.
+    """
+    step = functools.partial(
+        model_step,
+        treedef=params.treedef,
+        layout=layout,
+        block_tokens=block_tokens,
+        ops=ops,
+    )
+    return (
+        jax.jit(step, donate_argnums=1)
+        .lower(params.leaves, list(pools), batch)
+        .compile()
+    )
+
+
+def compile_commit(
+    pools: Sequence[Any],  # L of f[P, E]
+    num_pages: int,
+) -> Any:
+    """Compile `commit_load` for pieces of `num_pages`; the pools are donated."""
+    pool = pools[0]
+    block = jax.ShapeDtypeStruct(
+        (len(pools), num_pages, pool.shape[1]), pool.dtype, sharding=pool.sharding
+    )
+    return (
+        jax.jit(commit_load, donate_argnums=0)
+        .lower(list(pools), np.zeros(num_pages, np.int32), block)
+        .compile()
+    )
 
 
 def commit_load(

@@ -1,0 +1,199 @@
+"""The least that a program must do, beside what it does.
+
+A floor is a bound and no estimate: it counts every byte that has to come from or go to
+device memory once, lets everything else stay on chip, and takes the GPU's peak figures.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import aot_hlo
+import numpy as np
+from aot_programs import Program, Shapes
+from aot_target import Target
+
+from jchameleon.pallas.paged_attention import CONTEXT_TOKENS_PER_STEP
+from jchameleon.runtime.batch import StepRow
+from jchameleon.runtime.programs import StepBatch
+from jchameleon.runtime.transfer import piece_pages
+
+KernelBytes = Callable[[aot_hlo.Instruction], int | None]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Traffic:
+    """The requests of a step: as many rows, or prompts, as the program takes.
+
+    Attributes:
+      context_tokens: of every row in decode; the length of every prompt in prefill.
+      ranks: of the adapters, in turn; every row has an adapter of its own.
+    """
+
+    context_tokens: int
+    ranks: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Floor:
+    """Fewest bytes by cause, and operations, of one program."""
+
+    weights_bytes: int = 0
+    kv_bytes: int = 0
+    adapters_bytes: int = 0
+    activations_bytes: int = 0
+    flops: int = 0
+
+    @property
+    def fewest_bytes(self) -> int:
+        """All that must cross the memory bus."""
+        return (
+            self.weights_bytes
+            + self.kv_bytes
+            + self.adapters_bytes
+            + self.activations_bytes
+        )
+
+    def seconds(self, target: Target) -> float:
+        """Return the least time at the GPU's peaks: bytes and operations overlap."""
+        return max(
+            self.fewest_bytes / target.bandwidth_bytes_per_s,
+            self.flops / target.bf16_flops_per_s,
+        )
+
+
+def decode_floor(shapes: Shapes, rows: int, traffic: Traffic) -> Floor:
+    """Return the floor of one token for each of `rows` requests."""
+    return _step_floor(
+        shapes,
+        tokens=rows,
+        kv_read_tokens=rows * (traffic.context_tokens - 1),
+        attended_tokens=rows * traffic.context_tokens,
+        ranks=row_ranks(traffic, rows),
+        tokens_per_adapter=1,
+        logits=rows,
+    )
+
+
+def prefill_floor(shapes: Shapes, tokens: int, traffic: Traffic) -> Floor:
+    """Return the floor of prompts from their first token on, `tokens` in all.
+
+    Their keys and values are written; that attention reads them again may stay on
+    chip.
+    """
+    length = min(traffic.context_tokens, tokens)
+    prompts = tokens // length
+    return _step_floor(
+        shapes,
+        tokens=tokens,
+        kv_read_tokens=0,
+        attended_tokens=prompts * length * (length + 1) // 2,
+        ranks=row_ranks(traffic, prompts),
+        tokens_per_adapter=length,
+        logits=prompts,
+    )
+
+
+def commit_floor(shapes: Shapes) -> Floor:
+    """Return the floor of a piece of an adapter: read once, written once."""
+    piece = piece_pages(shapes.layout) * shapes.page_bytes * shapes.model.num_layers
+    return Floor(adapters_bytes=2 * piece)
+
+
+def row_ranks(traffic: Traffic, count: int) -> list[int]:
+    """Return the rank of each row's adapter."""
+    return [traffic.ranks[i % len(traffic.ranks)] for i in range(count)]
+
+
+def program_floor(shapes: Shapes, program: Program, traffic: Traffic) -> Floor:
+    """Return the floor of a program of `compile_programs`."""
+    kind, _, size = program.name.rstrip("]").partition("[")
+    if kind == "commit":
+        return commit_floor(shapes)
+    floor = decode_floor if kind == "decode" else prefill_floor
+    return floor(shapes, int(size), traffic)
+
+
+def program_moved_bytes(
+    shapes: Shapes,
+    program: Program,
+    traffic: Traffic,
+    count_moved_bytes: KernelBytes = lambda _: None,
+) -> int | None:
+    """Return the bytes that a program moves, or None where a kernel's are unknown.
+
+    Args:
+      count_moved_bytes: of one call of a hand-written kernel, as only that kernel's
+        author can count them.
+    """
+    kind, _, size = program.name.rstrip("]").partition("[")
+    trips = {}
+    if kind != "commit":
+        batch = traffic_batch(shapes, int(size), traffic, prefill=kind == "prefill")
+        context = int(batch.context_tokens.max())
+        trips["paged_attention"] = -(-context // CONTEXT_TOKENS_PER_STEP)
+        trips["multi_lora"] = int(getattr(batch.lora, "count", 1))
+
+    def of_loop(one: aot_hlo.Instruction) -> int:
+        return next((n for scope, n in trips.items() if scope in one.scope), 1)
+
+    return aot_hlo.moved_bytes(program.module, of_loop, count_moved_bytes)
+
+
+def traffic_batch(
+    shapes: Shapes, tokens: int, traffic: Traffic, *, prefill: bool
+) -> StepBatch:
+    """Return the batch that the engine would build for this traffic."""
+    builder = shapes.builder
+    length = min(traffic.context_tokens, tokens) if prefill else 1
+    count = tokens // length
+    blocks = shapes.max_blocks
+    uids = [f"adapter-{i}" for i in range(count)]
+    for uid, rank in zip(uids, row_ranks(traffic, count), strict=True):
+        builder.place(uid, (2,) * shapes.layout.num_pages(rank))
+    rows = [
+        StepRow(
+            tokens=np.zeros(length, np.int32),
+            start=0 if prefill else traffic.context_tokens - 1,
+            pages=np.full(blocks, 2, np.int32),
+            adapter_uid=uid,
+            sampling=None,
+        )
+        for uid in uids
+    ]
+    batch = builder.build(rows, tokens, prefill=prefill)
+    for uid in uids:
+        builder.remove(uid)
+    return batch
+
+
+def _step_floor(
+    shapes: Shapes,
+    *,
+    tokens: int,
+    kv_read_tokens: int,
+    attended_tokens: int,
+    ranks: list[int],
+    tokens_per_adapter: int,
+    logits: int,
+) -> Floor:
+    model, item = shapes.model, shapes.pools[0].dtype.itemsize
+    d, layers = model.hidden_size, model.num_layers
+    embed = model.vocab_size * d
+    all_elems = sum(leaf.size for leaf in shapes.params.leaves)
+    # Of an embedding table that is no output head only the tokens' rows are read.
+    read_elems = all_elems if model.tie_embeddings else all_elems - embed
+    matrices = all_elems - (embed if model.tie_embeddings else 2 * embed)
+    rank_elems = layers * sum(
+        sum(model.projection_shape(target)) for target in shapes.layout.targets
+    )
+    return Floor(
+        weights_bytes=read_elems * item,
+        kv_bytes=(kv_read_tokens + tokens) * model.kv_elems * layers * item,
+        adapters_bytes=sum(ranks) * rank_elems * item,
+        # Embeddings in, the residual stream and the logits out.
+        activations_bytes=2 * tokens * d * item + logits * model.vocab_size * 4,
+        flops=2 * matrices * tokens
+        + 2 * embed * logits
+        + 4 * attended_tokens * model.q_dim * layers
+        + 2 * sum(ranks) * rank_elems * tokens_per_adapter,
+    )
