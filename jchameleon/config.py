@@ -217,7 +217,8 @@ class EngineConfig:
     Attributes:
       dtype: of parameters, pool and activations.
       backend: of the device operations: "cpu" (loops compiled by numba; float32 on a
-        CPU), "xla" (any device) or "auto", the first that serves.
+        CPU), "pallas" (kernels for NVIDIA GPUs; interpreted, and slow, on a CPU), "xla"
+        (any device) or "auto", what is written for the device where it serves.
       max_model_len: longest prompt + output in tokens; None takes the model's
         context or sliding window, at most 4,096.
       max_running: requests decoding at once (rows of the largest decode program).
@@ -246,7 +247,7 @@ class EngineConfig:
     """
 
     dtype: Literal["float32", "bfloat16"] = "float32"
-    backend: Literal["auto", "cpu", "xla"] = "auto"
+    backend: Literal["auto", "cpu", "pallas", "xla"] = "auto"
     max_model_len: int | None = None
     max_running: int = 64
     max_waiting: int = 100_000
@@ -267,9 +268,9 @@ class EngineConfig:
     def __post_init__(self) -> None:
         if self.dtype not in ("float32", "bfloat16"):
             raise ConfigError(f"dtype={self.dtype!r} must be 'float32' or 'bfloat16'")
-        if self.backend not in ("auto", "cpu", "xla"):
+        if self.backend not in ("auto", "cpu", "pallas", "xla"):
             raise ConfigError(
-                f"backend={self.backend!r} must be 'auto', 'cpu' or 'xla'"
+                f"backend={self.backend!r} must be 'auto', 'cpu', 'pallas' or 'xla'"
             )
         for field in (
             "max_running",

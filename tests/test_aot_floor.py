@@ -19,7 +19,7 @@ def shapes():
         aot_target.read_target("a40"),
         jax.devices()[0],
         EngineConfig(dtype="bfloat16", max_running=16, max_model_len=2048),
-        aot_programs.choose_backend("xla"),
+        aot_programs.choose_backend("xla", aot_target.read_target("a40")),
     )
 
 
@@ -63,10 +63,10 @@ def test_model_without_room_for_a_pool_is_refused():
             aot_target.read_target("a40"),
             jax.devices()[0],
             EngineConfig(dtype="bfloat16"),
-            aot_programs.choose_backend("xla"),
+            aot_programs.choose_backend("xla", aot_target.read_target("a40")),
         )
 
 
 def test_backend_that_is_none_is_refused():
     with pytest.raises(ValueError, match="backend='cpu' must be one of"):
-        aot_programs.choose_backend("cpu")
+        aot_programs.choose_backend("cpu", aot_target.read_target("a40"))

@@ -1,5 +1,7 @@
 """Which operations a backend stands for, and that all of them give the same tokens."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -10,32 +12,67 @@ from jchameleon import LLM, SamplingParams
 from jchameleon.config import ModelConfig
 from jchameleon.errors import ConfigError
 from jchameleon.pallas import cpu_attention, cpu_ffi
-from jchameleon.pallas.operations import CPU, XLA, choose_operations
+from jchameleon.pallas.operations import (
+    CPU,
+    XLA,
+    choose_operations,
+    pallas_operations,
+)
 
 F32, BF16 = np.dtype(np.float32), np.dtype("bfloat16")
+TINY = ModelConfig.preset("tiny")
 RANKS = {"a": 8, "b": 40, "c": 3}
 
 
 @pytest.mark.parametrize(
-    ("backend", "platform", "dtype", "expected"),
+    ("backend", "platform", "dtype", "capability", "expected"),
     [
-        ("auto", "cpu", F32, CPU),
-        ("auto", "cpu", BF16, XLA),
-        ("auto", "gpu", F32, XLA),
-        ("cpu", "cpu", F32, CPU),
-        ("xla", "cpu", F32, XLA),
+        ("auto", "cpu", F32, None, CPU),
+        ("auto", "cpu", BF16, None, XLA),
+        ("auto", "gpu", BF16, "8.6", pallas_operations("sm_86")),
+        ("auto", "gpu", F32, "9.0", pallas_operations("sm_90")),
+        ("auto", "gpu", BF16, "7.5", XLA),
+        ("auto", "tpu", BF16, None, XLA),
+        ("cpu", "cpu", F32, None, CPU),
+        ("pallas", "cpu", F32, None, pallas_operations(None, interpret=True)),
+        ("pallas", "gpu", BF16, "8.0", pallas_operations("sm_80")),
+        ("xla", "cpu", F32, None, XLA),
+        ("xla", "gpu", BF16, "8.0", XLA),
     ],
 )
 def test_backend_stands_for_what_serves_device_and_dtype(
-    backend, platform, dtype, expected
+    backend, platform, dtype, capability, expected
 ):
-    assert choose_operations(backend, platform=platform, dtype=dtype) is expected
+    found = choose_operations(
+        backend, platform=platform, dtype=dtype, model=TINY, capability=capability
+    )
+    assert found is expected
 
 
 @pytest.mark.parametrize(("platform", "dtype"), [("cpu", BF16), ("gpu", F32)])
 def test_cpu_backend_elsewhere_is_refused(platform, dtype):
     with pytest.raises(ConfigError, match="backend='cpu' needs .* use backend='xla'"):
-        choose_operations("cpu", platform=platform, dtype=dtype)
+        choose_operations("cpu", platform=platform, dtype=dtype, model=TINY)
+
+
+@pytest.mark.parametrize(
+    ("platform", "capability", "head_dim", "rule"),
+    [
+        ("gpu", "7.5", 16, "needs compute capability 8.0, not 7.5"),
+        ("tpu", None, 16, "needs an NVIDIA GPU or a CPU, got 'tpu'"),
+        ("gpu", None, 16, "needs an NVIDIA GPU or a CPU"),
+        ("gpu", "9.0", 12, "multiple of 8 from 16 to 256, tiny has 12"),
+        ("cpu", None, 264, "multiple of 8 from 16 to 256, tiny has 264"),
+    ],
+)
+def test_pallas_backend_that_serves_not_is_refused_or_left(
+    platform, capability, head_dim, rule
+):
+    where = {"platform": platform, "dtype": BF16, "capability": capability}
+    where["model"] = dataclasses.replace(TINY, head_dim=head_dim)
+    with pytest.raises(ConfigError, match=f"{rule}.*; use backend='xla'"):
+        choose_operations("pallas", **where)
+    assert choose_operations("auto", **where) is XLA
 
 
 def test_engine_refuses_a_backend_that_does_not_serve_its_dtype():

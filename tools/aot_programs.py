@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from aot_kernels import Kernel, read_kernels
-from aot_target import Target
+from aot_target import BACKENDS, Target
 
 from jchameleon.config import (
     RESERVED_PAGES,
@@ -24,6 +24,7 @@ from jchameleon.lora.layout import ChunkLayout
 from jchameleon.models.llama import Llama
 from jchameleon.models.params import param_shapes
 from jchameleon.pallas import operations
+from jchameleon.pallas.gpu_operations import arch_of
 from jchameleon.pallas.operations import Operations
 from jchameleon.runtime.batch import BatchBuilder, StepBatch, sampler_rows
 from jchameleon.runtime.drawing import Drawing
@@ -85,24 +86,17 @@ class Program:
     module: aot_hlo.Module
 
 
-def choose_backend(wanted: str | None) -> Operations:
-    """Return the operations of a backend; None takes hand-written kernels, else XLA.
+def choose_backend(name: str, target: Target) -> Operations:
+    """Return the operations of a backend as an engine on this GPU has them.
 
     Raises:
       ValueError: there is no such backend for a GPU.
     """
-    known = {
-        ops.name: ops
-        for ops in vars(operations).values()
-        if isinstance(ops, Operations) and ops is not operations.CPU
-    }
-    if wanted is None:
-        return known.get("pallas", operations.XLA)
-    if wanted not in known:
-        raise ValueError(
-            f"backend={wanted!r} must be one of {', '.join(sorted(known))}"
-        )
-    return known[wanted]
+    if name not in BACKENDS:
+        raise ValueError(f"backend={name!r} must be one of {', '.join(BACKENDS)}")
+    if name == "xla":
+        return operations.XLA
+    return operations.pallas_operations(arch_of(target.capability))
 
 
 def describe_engine(
@@ -149,6 +143,8 @@ def describe_engine(
             block_tokens=config.kv_block_tokens,
             max_blocks=max_blocks,
             max_chunks=layout.num_chunks(config.max_lora_rank),
+            dtype=np.dtype(jnp.bfloat16),
+            ops=ops,
         ),
         max_blocks=max_blocks,
         device=device,

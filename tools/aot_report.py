@@ -85,7 +85,7 @@ def report(
     *,
     rows: int,
     prefill_tokens: int,
-    backend: str | None = None,
+    backend: str = "pallas",
     context_tokens: int = CONTEXT_TOKENS,
     ranks: Sequence[int] = RANKS,
     max_lora_rank: int = 256,
@@ -122,7 +122,7 @@ def report(
         target,
         aot_target.open_device(target),
         config,
-        aot_programs.choose_backend(backend),
+        aot_programs.choose_backend(backend, target),
     )
     programs = aot_programs.compile_programs(
         shapes, target, dump_dir, rows=rows, prefill_tokens=prefill_tokens
@@ -239,7 +239,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", required=True, choices=MODELS)
     parser.add_argument("--rows", type=int, required=True, help="of decode")
     parser.add_argument("--prefill-tokens", type=int, required=True)
-    parser.add_argument("--backend", help="pallas or xla; the first there is")
+    parser.add_argument("--backend", choices=aot_target.BACKENDS, default="pallas")
     parser.add_argument("--context-tokens", type=int, default=CONTEXT_TOKENS)
     parser.add_argument("--ranks", type=_ranks, default=RANKS, help="8,16,32")
     parser.add_argument("--max-lora-rank", type=int, default=256)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+BACKENDS = ("pallas", "xla")
 TARGETS = ("a40", "a100", "h100")
 
 WHEELS = {

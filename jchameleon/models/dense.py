@@ -7,7 +7,7 @@ other way to compute what serving computes.
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -19,7 +19,6 @@ from jchameleon.lora.adapter import HostAdapter
 from jchameleon.lora.layout import GROUPS
 from jchameleon.models.llama import (
     Adapt,
-    Attend,
     Llama,
     LlamaLayer,
     no_adapter,
@@ -205,13 +204,16 @@ def _layer(
 ) -> jax.Array:  # f[D, B * T]
     layer = LlamaLayer(config, params)
     adapt = adapt_with(pairs, config) if pairs else no_adapter
-    return layer(x, rope, attend=attend_within(visible), adapt=adapt)
+    attend = attend_within(visible)
+    return layer(
+        x, attend=lambda qkv: attend(*layer.split_heads(qkv, rope)), adapt=adapt
+    )
 
 
 def attend_within(
     visible: jax.Array,  # bool[B or 1, T, T], a query's keys along the last axis
-) -> Attend:
-    """Return dense attention over rows of T tokens, as `LlamaLayer` calls it."""
+) -> Callable[[jax.Array, jax.Array, jax.Array], jax.Array]:
+    """Return dense attention over rows of T tokens, of what `split_heads` returns."""
     length = visible.shape[-1]
     # Keys go along the second axis from the end, so that features come first in every
     # product, as outside.

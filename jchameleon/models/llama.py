@@ -20,8 +20,8 @@ from jax import lax
 
 from jchameleon.config import ModelConfig, RopeScaling
 
-Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
-"""(q f[H, HD, T], k f[KVH, HD, T], v f[KVH, HD, T]) -> f[H, HD, T]."""
+Attend = Callable[[jax.Array], jax.Array]
+"""(qkv f[N, T], before norms and rotation: `LlamaLayer.split_heads`) -> f[H, HD, T]."""
 
 Adapt = Callable[[str, jax.Array, jax.Array], jax.Array]
 """(group name, x f[d_in, T], y f[N, T]) -> y plus the group's LoRA product; y is the
@@ -63,7 +63,6 @@ class LlamaLayer(nnx.Module):
     def __call__(
         self,
         x: jax.Array,  # f[D, T]
-        rope: tuple[jax.Array, jax.Array],  # cos, sin: f32[HD / 2, T]
         *,
         attend: Attend,
         adapt: Adapt = no_adapter,
@@ -75,17 +74,7 @@ class LlamaLayer(nnx.Module):
             h = rms_norm(x, self.attn_norm[...], config.rms_norm_eps)
             y = add_bias(self.qkv[...] @ h, self.qkv_bias)
             qkv = adapt("qkv", h, y)  # [q_dim + 2 kv_dim, T]
-            q, k, v = jnp.split(
-                qkv, (config.q_dim, config.q_dim + config.kv_dim), axis=0
-            )
-            q = q.reshape(config.num_heads, config.head_dim, -1)
-            k = k.reshape(config.num_kv_heads, config.head_dim, -1)
-            if self.q_norm is not None and self.k_norm is not None:
-                q = head_norm(q, self.q_norm[...], config.rms_norm_eps)
-                k = head_norm(k, self.k_norm[...], config.rms_norm_eps)
-            q, k = apply_rope(q, rope), apply_rope(k, rope)
-            v = v.reshape(config.num_kv_heads, config.head_dim, -1)
-            out = attend(q, k, v).reshape(config.q_dim, num_tokens)
+            out = attend(qkv).reshape(config.q_dim, num_tokens)
             # The stream first: XLA adds it within the product, where no adapter waits.
             x = adapt("o", out, x + add_bias(self.o[...] @ out, self.o_bias))
         with jax.named_scope("mlp"):
@@ -94,6 +83,22 @@ class LlamaLayer(nnx.Module):
             gate, up = jnp.split(gate_up, 2, axis=0)
             h = jax.nn.silu(gate) * up
             return adapt("down", h, x + self.down[...] @ h)
+
+    def split_heads(
+        self,
+        qkv: jax.Array,  # f[N, T]
+        rope: tuple[jax.Array, jax.Array],  # cos, sin: f32[HD / 2, T]
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Return q f[H, HD, T], k and v f[KVH, HD, T], as attention takes them."""
+        config = self.config
+        q, k, v = jnp.split(qkv, (config.q_dim, config.q_dim + config.kv_dim), axis=0)
+        q = q.reshape(config.num_heads, config.head_dim, -1)
+        k = k.reshape(config.num_kv_heads, config.head_dim, -1)
+        if self.q_norm is not None and self.k_norm is not None:
+            q = head_norm(q, self.q_norm[...], config.rms_norm_eps)
+            k = head_norm(k, self.k_norm[...], config.rms_norm_eps)
+        v = v.reshape(config.num_kv_heads, config.head_dim, -1)
+        return apply_rope(q, rope), apply_rope(k, rope), v
 
 
 class Llama(nnx.Module):

@@ -1,17 +1,44 @@
 """Which form of the device operations a step is compiled with."""
 
 import dataclasses
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numba
 import numpy as np
 
+from jchameleon.config import ModelConfig
 from jchameleon.errors import ConfigError
-from jchameleon.pallas import cpu_attention, cpu_ffi, cpu_lora
-from jchameleon.pallas.multi_lora import multi_lora
+from jchameleon.pallas import cpu_attention, cpu_ffi, cpu_lora, gpu_operations
+from jchameleon.pallas.multi_lora import (
+    LoraWork,
+    build_lora_work,
+    max_work_items,
+    multi_lora,
+)
 from jchameleon.pallas.paged_attention import paged_attention, write_kv
+
+
+def build_lora(
+    token_adapter: np.ndarray,  # i32[T]
+    adapter_pages: Sequence[np.ndarray],  # per adapter index, i32[chunks, W]
+    *,
+    tile: int,
+    max_chunks: int,
+    pages_per_chunk: int,
+) -> LoraWork:
+    """Return the work list of a step of tiles of `tile` tokens."""
+    return LoraWork(
+        **build_lora_work(
+            token_adapter,
+            adapter_pages,
+            num_items=max_work_items(len(token_adapter), tile, max_chunks),
+            pages_per_chunk=pages_per_chunk,
+        )
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -21,12 +48,22 @@ class Operations:
     Attributes:
       name: the backend.
       write_kv, paged_attention, multi_lora: see the functions of these names.
+      rope_write: norms, rotation and `write_kv` as one operation, see
+        `gpu_kv.rope_write_gpu`; None where the layer does the first two.
+      build_lora: the work list that `multi_lora` takes, from the host's numpy arrays.
+      build_blocks: likewise the argument `blocks` of `paged_attention`; None where it
+        takes none.
+      sorts_rows: rows of a decode step are sorted by adapter.
     """
 
     name: str
     write_kv: Callable[..., jax.Array]
     paged_attention: Callable[..., jax.Array]
     multi_lora: Callable[..., jax.Array]
+    rope_write: Callable[..., tuple[jax.Array, jax.Array]] | None = None
+    build_lora: Callable[..., Any] = build_lora
+    build_blocks: Callable[..., np.ndarray | None] | None = None
+    sorts_rows: bool = False
 
 
 XLA = Operations(
@@ -46,24 +83,73 @@ CPU = Operations(
 """Loops that `compile_operations` compiles with numba; float32 on CPU."""
 
 
-def choose_operations(backend: str, *, platform: str, dtype: np.dtype) -> Operations:
+@functools.cache
+def pallas_operations(arch: str | None, *, interpret: bool = False) -> Operations:
+    """Return the kernels for NVIDIA GPUs; float32 or bfloat16.
+
+    Args:
+      arch: "sm_80", "sm_86", "sm_90": what block sizes are chosen for.
+      interpret: run them program by program on any device; for tests.
+    """
+    forms = gpu_operations.gpu_forms(arch, interpret=interpret)
+    return Operations(name="pallas", **forms)
+
+
+def choose_operations(
+    backend: str,
+    *,
+    platform: str,
+    dtype: np.dtype,
+    model: ModelConfig,
+    capability: str | None = None,
+) -> Operations:
     """Return the operations of a backend; `compile_operations` makes them ready.
 
     Args:
-      backend: "auto", "cpu" or "xla".
+      backend: "auto", "cpu", "pallas" or "xla". "auto" takes what is written for the
+        device where it serves, else XLA. "pallas" on a CPU interprets the kernels:
+        right and very slow.
       platform: of the device, as jax names it.
       dtype: of the pool.
+      capability: compute capability of a GPU ("8.6").
 
     Raises:
-      ConfigError: the backend does not serve this device or element type.
+      ConfigError: the backend does not serve this device, element type or model.
     """
-    suits = platform == "cpu" and dtype == np.float32
-    if backend == "cpu" and not suits:
+    if backend == "xla":
+        return XLA
+    on_cpu = platform == "cpu"
+    if backend == "cpu" or (backend == "auto" and on_cpu):
+        if on_cpu and dtype == np.float32:
+            return CPU
+        if backend == "auto":
+            return XLA
         raise ConfigError(
             f"backend='cpu' needs dtype='float32' on a CPU, got {dtype.name!r} on "
             f"{platform!r}; use backend='xla'"
         )
-    return XLA if backend == "xla" or not suits else CPU
+    try:
+        return _choose_pallas(platform, model, capability)
+    except ConfigError:
+        if backend == "auto":
+            return XLA
+        raise
+
+
+def _choose_pallas(
+    platform: str, model: ModelConfig, capability: str | None
+) -> Operations:
+    reason = gpu_operations.why_not(model)
+    if reason is not None:
+        raise ConfigError(reason + "; use backend='xla'")
+    if platform == "cpu":
+        return pallas_operations(None, interpret=True)
+    if platform not in ("gpu", "cuda") or capability is None:
+        raise ConfigError(
+            f"backend='pallas' needs an NVIDIA GPU or a CPU, got {platform!r}; use "
+            "backend='xla'"
+        )
+    return pallas_operations(gpu_operations.arch_of(capability))
 
 
 def compile_operations(ops: Operations) -> None:

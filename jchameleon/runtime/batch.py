@@ -7,7 +7,7 @@ import numpy as np
 
 from jchameleon.config import PREFILL_TILE_TOKENS, TRASH_PAGE
 from jchameleon.lora.layout import ChunkLayout
-from jchameleon.pallas.multi_lora import LoraWork, build_lora_work, max_work_items
+from jchameleon.pallas.operations import XLA, Operations
 from jchameleon.runtime.drawing import RowSampling
 from jchameleon.runtime.programs import StepBatch
 from jchameleon.runtime.scoring import Targets
@@ -52,14 +52,24 @@ class BatchBuilder:
         block_tokens: int,
         max_blocks: int,
         max_chunks: int,
+        dtype: np.dtype,
+        ops: Operations = XLA,
     ) -> None:
-        """Start without adapters; `max_chunks` is of the largest one allowed."""
+        """Start without adapters.
+
+        Args:
+          max_chunks: of the largest adapter allowed.
+          dtype: of the pool.
+          ops: what the steps are built for.
+        """
         self._layout = layout
+        self._dtype = dtype
+        self._ops = ops
         self._block_tokens = block_tokens
         self._max_blocks = max_blocks
         self._max_chunks = max_chunks
         self._adapter_pages: dict[str, np.ndarray] = {}
-        self._lora_cache: tuple[Any, LoraWork] | None = None
+        self._lora_cache: tuple[Any, Any] | None = None
 
     @property
     def num_adapters(self) -> int:
@@ -102,7 +112,17 @@ class BatchBuilder:
         indices[None] = -1
         fill = self._fill_prefill if prefill else self._fill_decode
         fill(rows, fields, token_adapter, indices)
-        return StepBatch(**fields, lora=self._lora_work(token_adapter, uids, tile))
+        blocks: Any = None
+        if self._ops.build_blocks is not None:
+            blocks = self._ops.build_blocks(
+                fields["page_table"],
+                fields["positions"],
+                fields["context_tokens"],
+                model=self._layout.model,
+                dtype=self._dtype,
+            )
+        lora = self._lora_work(token_adapter, uids, tile)
+        return StepBatch(**fields, lora=lora, blocks=blocks)
 
     def _fill_decode(
         self,
@@ -113,6 +133,13 @@ class BatchBuilder:
     ) -> None:
         """Write one token per row; whole columns at once, this is every step's work."""
         count = len(rows)
+        adapters = np.array([indices[row.adapter_uid] for row in rows], np.int32)
+        if self._ops.sorts_rows:
+            order = np.argsort(adapters, kind="stable")
+            rows, adapters = [rows[i] for i in order], adapters[order]
+            fields["logit_tokens"][order] = np.arange(count)
+        else:
+            fields["logit_tokens"][:count] = np.arange(count)
         positions = np.fromiter((row.start for row in rows), np.int32, count)
         table = fields["page_table"]
         for i, row in enumerate(rows):
@@ -123,8 +150,7 @@ class BatchBuilder:
             np.arange(count), positions // self._block_tokens
         ]
         fields["context_tokens"][:count] = positions + 1
-        fields["logit_tokens"][:count] = np.arange(count)
-        token_adapter[:count] = [indices[row.adapter_uid] for row in rows]
+        token_adapter[:count] = adapters
 
     def _fill_prefill(
         self,
@@ -154,18 +180,17 @@ class BatchBuilder:
 
     def _lora_work(
         self, token_adapter: np.ndarray, uids: tuple[str, ...], tile: int
-    ) -> LoraWork:
+    ) -> Any:
         # Rows and adapters seldom change from one decode step to the next.
         key = (tile, uids, token_adapter.tobytes())
         if self._lora_cache is not None and self._lora_cache[0] == key:
             return self._lora_cache[1]
-        work = LoraWork(
-            **build_lora_work(
-                token_adapter,
-                [self._adapter_pages[uid] for uid in uids],
-                num_items=max_work_items(len(token_adapter), tile, self._max_chunks),
-                pages_per_chunk=self._layout.pages_per_chunk,
-            )
+        work = self._ops.build_lora(
+            token_adapter,
+            [self._adapter_pages[uid] for uid in uids],
+            tile=tile,
+            max_chunks=self._max_chunks,
+            pages_per_chunk=self._layout.pages_per_chunk,
         )
         if tile == 1:
             self._lora_cache = (key, work)

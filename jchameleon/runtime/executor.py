@@ -81,14 +81,16 @@ class Executor:
         self.build_s = 0.0
         self._params = params
         self._ops = ops
+        self._device = next(iter(params.leaves[0].devices()))
+        self._dtype = params.leaves[0].dtype
         self._builder = BatchBuilder(
             layout,
             block_tokens=config.kv_block_tokens,
             max_blocks=self.max_blocks,
             max_chunks=layout.num_chunks(config.max_lora_rank),
+            dtype=self._dtype,
+            ops=ops,
         )
-        self._device = next(iter(params.leaves[0].devices()))
-        self._dtype = params.leaves[0].dtype
         self._decode_rows = decode_buckets(config.max_running)
         self._prefill_tokens = prefill_buckets(config.max_batch_tokens)
         self._steps: dict[tuple[int, int], Any] = {}

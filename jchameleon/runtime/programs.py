@@ -19,7 +19,6 @@ from jchameleon.config import ModelConfig
 from jchameleon.lora.layout import ChunkLayout
 from jchameleon.models.llama import Llama
 from jchameleon.models.params import Params, param_shapes
-from jchameleon.pallas.multi_lora import LoraWork
 from jchameleon.pallas.operations import XLA, Operations
 
 
@@ -36,7 +35,9 @@ class StepBatch:
       context_tokens: i32[NT], last position of the tile + 1; 1 for padding.
       logit_tokens: i32[R], the tokens whose logits are wanted: one of each tile,
         and padding up to the rows of a sampler.
-      lora: the adapters' work list.
+      lora: the adapters' work list, as the operations build it.
+      blocks: i32[NT, 3], tiles that attention takes together; None where the operations
+        have no use for them.
     """
 
     tokens: jax.Array
@@ -45,7 +46,8 @@ class StepBatch:
     page_table: jax.Array
     context_tokens: jax.Array
     logit_tokens: jax.Array
-    lora: LoraWork
+    lora: Any
+    blocks: jax.Array | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,18 +158,34 @@ def _layer_step(
     # One value of the pool is alive at a time, so XLA updates it in place: after
     # `attend` the adapters too are read from the pool that holds this step's keys.
     new_pool = pool
+    blocks = {} if batch.blocks is None else {"blocks": batch.blocks}
 
-    def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    def write(qkv: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Return rotated queries f[H, HD, T] and the pool with keys and values."""
+        slots = batch.positions % block_tokens
+        if ops.rope_write is None:
+            q, k, v = layer.split_heads(qkv, rope)
+            return q, ops.write_kv(
+                pool, k, v, batch.kv_pages, slots, block_tokens=block_tokens
+            )
+        return ops.rope_write(
+            qkv,
+            pool,
+            rope,
+            batch.kv_pages,
+            slots,
+            heads=config.num_heads,
+            kv_heads=config.num_kv_heads,
+            block_tokens=block_tokens,
+            q_norm=None if layer.q_norm is None else layer.q_norm[...],
+            k_norm=None if layer.k_norm is None else layer.k_norm[...],
+            eps=config.rms_norm_eps,
+        )
+
+    def attend(qkv: jax.Array) -> jax.Array:
         nonlocal new_pool
         with jax.named_scope("write_kv"):
-            new_pool = ops.write_kv(
-                new_pool,
-                k,
-                v,
-                batch.kv_pages,
-                batch.positions % block_tokens,
-                block_tokens=block_tokens,
-            )
+            q, new_pool = write(qkv)
         with jax.named_scope("paged_attention"):
             return ops.paged_attention(
                 q,
@@ -177,6 +195,7 @@ def _layer_step(
                 batch.context_tokens,
                 kv_heads=config.num_kv_heads,
                 block_tokens=block_tokens,
+                **blocks,
             )
 
     def adapt(name: str, h: jax.Array, y: jax.Array) -> jax.Array:
@@ -185,7 +204,7 @@ def _layer_step(
         with jax.named_scope("multi_lora"):
             return ops.multi_lora(y, h, new_pool, batch.lora, group=groups[name])
 
-    x = layer(x, rope, attend=attend, adapt=adapt)
+    x = layer(x, attend=attend, adapt=adapt)
     return x, new_pool
 
 

@@ -71,6 +71,8 @@ def build_executor(
         config.backend,
         platform=jax.default_backend(),
         dtype=numpy_dtype(config.dtype),
+        model=model,
+        capability=getattr(jax.devices()[0], "compute_capability", None),
     )
     log = None
     if config.plan_log is not None:
