@@ -12,7 +12,7 @@ import numpy as np
 
 from jchameleon.config import ModelConfig
 from jchameleon.errors import ConfigError
-from jchameleon.pallas import cpu_attention, cpu_ffi, cpu_lora, gpu_operations
+from jchameleon.pallas import cpu_attention, cpu_ffi, cpu_lora
 from jchameleon.pallas.multi_lora import (
     LoraWork,
     build_lora_work,
@@ -91,6 +91,9 @@ def pallas_operations(arch: str | None, *, interpret: bool = False) -> Operation
       arch: "sm_80", "sm_86", "sm_90": what block sizes are chosen for.
       interpret: run them program by program on any device; for tests.
     """
+    # Here: nothing else needs Pallas, and a start should not wait for its import.
+    from jchameleon.pallas import gpu_operations
+
     forms = gpu_operations.gpu_forms(arch, interpret=interpret)
     return Operations(name="pallas", **forms)
 
@@ -139,6 +142,8 @@ def choose_operations(
 def _choose_pallas(
     platform: str, model: ModelConfig, capability: str | None
 ) -> Operations:
+    from jchameleon.pallas import gpu_operations
+
     reason = gpu_operations.why_not(model)
     if reason is not None:
         raise ConfigError(reason + "; use backend='xla'")
