@@ -277,7 +277,7 @@ def test_unknown_target_is_refused():
 
 def test_report_without_wheels_says_what_to_install(tmp_path):
     if aot_target.missing_wheels() is None:
-        pytest.skip("the wheels are here")
+        pytest.skip("needs a Python without the wheels: it reads how that is refused")
     tool = aot_target.ROOT / "tools" / "aot_report.py"
     command = [sys.executable, tool, "--target", "a40", "--model", "smollm2-135m"]
     command += ["--rows", "4", "--prefill-tokens", "64"]

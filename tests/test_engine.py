@@ -9,12 +9,13 @@ import pytest
 from engine_harness import heard_compiles
 from random_adapters import write_random_adapter
 
-from jchameleon.config import ModelConfig
+from jchameleon.config import EngineConfig, ModelConfig
 from jchameleon.errors import CapacityError, EngineDeadError, InvalidRequestError
 from jchameleon.llm import LLM
 from jchameleon.lora.adapter import HostAdapter
+from jchameleon.models.loader import load_model
 from jchameleon.runtime.outbox import Outbox
-from jchameleon.runtime.output import OutputText
+from jchameleon.runtime.setup import build_executor, start_engine
 from jchameleon.sampling import SamplingParams
 
 TINY = ModelConfig.preset("tiny")
@@ -350,34 +351,45 @@ def test_dying_engine_answers_everybody(adapter_dirs):
     llm.close()
 
 
-def test_text_that_kills_the_engine_leaves_nobody_waiting(monkeypatch):
+class FailingTokenizer:
+    """A tokenizer, and a text of its own, that cannot be ended."""
+
+    eos_token_ids = ()
+
+    def stream(self):
+        return self
+
+    def push(self, token_id):
+        return "?"
+
+    def flush(self):
+        raise ValueError("injected")
+
+
+def test_text_that_kills_the_engine_leaves_nobody_waiting():
     """The request whose text fails is answered too, and so are all others."""
-    close = OutputText.close
-
-    def failing_close(text):
-        if text._matchers:
-            raise ValueError("injected")
-        return close(text)
-
-    monkeypatch.setattr(OutputText, "close", failing_close)
-    long = SamplingParams(max_tokens=400, ignore_eos=True)
-    short = SamplingParams(max_tokens=3, ignore_eos=True, stop=("never",))
-    with LLM(model="tiny", **SMALL) as llm:
-        submitted = []
-        for index, sampling in enumerate((short, long, long)):
-            outbox = Outbox()
-            one = llm.engine.prepare(
-                f"r{index}", [1, 2, 3], sampling, adapter_uid=None, outbox=outbox
-            )
-            llm.engine.submit(one)
-            submitted.append(outbox)
-        for outbox in submitted:
-            finish_reason = None
-            while finish_reason is None:
-                _, delta = outbox.get(timeout_s=20)
-                finish_reason = delta.finish_reason
-            assert finish_reason == "error" and "injected" in delta.error
-            assert delta.timing is not None
+    loaded = load_model("tiny", dtype="float32")
+    loaded = dataclasses.replace(loaded, tokenizer=FailingTokenizer())
+    config = EngineConfig(**SMALL)
+    engine = start_engine(
+        loaded, config, *build_executor(loaded, config, ()), fetch=lambda uid: None
+    )
+    outboxes = []
+    for index, max_tokens in enumerate((3, 400, 400)):
+        outboxes.append(Outbox())
+        sampling = SamplingParams(max_tokens=max_tokens, ignore_eos=True)
+        one = engine.prepare(
+            f"r{index}", [1, 2, 3], sampling, adapter_uid=None, outbox=outboxes[-1]
+        )
+        engine.submit(one)
+    for outbox in outboxes:
+        finish_reason = None
+        while finish_reason is None:
+            _, delta = outbox.get(timeout_s=20)
+            finish_reason = delta.finish_reason
+        assert finish_reason == "error" and "injected" in delta.error
+        assert delta.timing is not None
+    engine.close()
 
 
 def test_cancel_of_what_is_no_id_is_refused_and_harms_nobody(llm):

@@ -88,7 +88,6 @@ def function_of(world, name, num_tokens, *, prefill, **changes):
         functools.partial(
             multi_lora_gpu,
             group=group_of(world.layout, name),
-            prefill=prefill,
             interpret=True,
             **configs(world, name, num_tokens, prefill=prefill, **changes),
         ),
@@ -204,7 +203,7 @@ def test_default_block_sizes_match_addresses():
     world = world_of("static")
     group = group_of(world.layout, "qkv")
     function = jax.jit(
-        functools.partial(multi_lora_gpu, group=group, prefill=False, interpret=True),
+        functools.partial(multi_lora_gpu, group=group, interpret=True),
         compiler_options=QUICK,
     )
     check(world, "qkv", [[4, 4, -1, 6]], prefill=False, function=function)
@@ -219,7 +218,7 @@ def test_kernels_lower_for_nvidia_gpus(shape, dtype):
     y, x = random_inputs(world, "qkv", 64)
     for prefill in (False, True):
         work = GpuLoraWork(**build(world, np.full(64, 4), prefill=prefill))
-        call = jax.jit(functools.partial(multi_lora_gpu, group=group, prefill=prefill))
+        call = jax.jit(functools.partial(multi_lora_gpu, group=group))
         traced = call.trace(y, x, world.pool, work)
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
         assert "lora_shrink_qkv" in text and "lora_expand_qkv" in text
@@ -281,7 +280,7 @@ MISTAKES = {
             )
         ),
     ),
-    "product": ("_dot", lambda f: lambda left, right: f(left, right * 0 + right[:1])),
+    "product": ("dot", lambda f: lambda left, right: f(left, right * 0 + right[:1])),
 }
 
 
@@ -383,7 +382,6 @@ def test_other_element_type_or_shape_of_x_is_refused():
         pool=world.pool,
         work=work,
         group=group_of(world.layout, "qkv"),
-        prefill=False,
         interpret=True,
     )
     with pytest.raises(ValueError, match="x.dtype=bfloat16 must be pool.dtype=float32"):

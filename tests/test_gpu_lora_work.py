@@ -53,6 +53,7 @@ def test_lists_hold_every_chunk_of_every_token_once(step):
     assert work["items"].shape == (4, num_items)
     assert work["blocks"].shape == (4, num_blocks)
     assert work["pages"].shape == (num_chunks, 3)
+    assert work.pop("prefill") is prefill
     assert {array.dtype for array in work.values()} == {np.dtype(np.int32)}
     cut = PREFILL if prefill else DECODE
     by_items = [[] for _ in token_adapter]

@@ -24,7 +24,7 @@ from jchameleon.lora.layout import ChunkLayout
 from jchameleon.models.llama import Llama
 from jchameleon.models.params import param_shapes
 from jchameleon.pallas import operations
-from jchameleon.pallas.gpu_operations import arch_of
+from jchameleon.pallas.gpu_device import arch_of
 from jchameleon.pallas.operations import Operations
 from jchameleon.runtime.batch import BatchBuilder, StepBatch, sampler_rows
 from jchameleon.runtime.drawing import Drawing

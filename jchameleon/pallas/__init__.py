@@ -1,8 +1,8 @@
 """Device operations that gather KV blocks and adapters out of one page pool.
 
-Each operation has one signature and, so far, two bodies: a reference in plain
-`jax.numpy` (`reference.py`) and a fast XLA path for CPU (one module per operation).
-The `gpu_*` modules are Pallas kernels that the engine does not use yet.
+Each operation has one signature and several bodies: a reference in plain `jax.numpy`
+(`reference.py`), XLA (one module per operation), loops compiled for CPUs (`cpu_*`) and
+Pallas kernels for NVIDIA GPUs (`gpu_*`). `operations.py` chooses among them.
 
 Glossary of the shape comments, here and in `models` and `runtime`:
 

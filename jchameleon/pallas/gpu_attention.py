@@ -17,10 +17,13 @@ from jax.experimental import pallas as pl
 
 from jchameleon.pallas import _compat
 from jchameleon.pallas import gpu_pages as pages
+from jchameleon.pallas.gpu_device import (
+    MIN_CONTRACTION,
+    MIN_ROWS,
+    dot,
+    multiprocessors,
+)
 from jchameleon.pallas.gpu_prefill_attention import PrefillConfig, attend_tiles
-
-MULTIPROCESSORS = {"sm_80": 108, "sm_86": 84, "sm_90": 132}
-"""Of A100, A40 and H100."""
 
 MAX_SPLITS = 16
 
@@ -41,7 +44,7 @@ class DecodeConfig:
     num_stages: int
 
     def __post_init__(self) -> None:
-        if self.bn < pages.MIN_CONTRACTION or self.bn & (self.bn - 1):
+        if self.bn < MIN_CONTRACTION or self.bn & (self.bn - 1):
             raise ValueError(f"bn={self.bn} must be a power of two >= 16")
         if self.splits < 1:
             raise ValueError(f"splits={self.splits} must be at least 1")
@@ -61,7 +64,7 @@ def decode_config(
     leaves every piece of the longest context a few turns of its loop.
     """
     bn = 32
-    wanted = 7 * MULTIPROCESSORS.get(arch or "", 108)
+    wanted = 7 * multiprocessors(arch)
     splits = 1
     while (
         splits < MAX_SPLITS
@@ -215,9 +218,7 @@ def _decode_kernel(
 
     @pl.when(first < end)
     def _():
-        member = jnp.arange(
-            max(pages.MIN_ROWS, pages.power_of_two(group)), dtype=jnp.int32
-        )
+        member = jnp.arange(max(MIN_ROWS, pages.power_of_two(group)), dtype=jnp.int32)
         feature = jnp.arange(pages.power_of_two(head_dim), dtype=jnp.int32)
         real = (member < group)[:, None] & (feature < head_dim)[None, :]
         own = head * group + member
@@ -229,7 +230,7 @@ def _decode_kernel(
             at = i * bn + jnp.arange(bn, dtype=jnp.int32)
             written = pages.written_keys(at, context)
             k, v = pages.load_keys_values(pool_ref, table_ref, row, head, at, written)
-            scores = pages.dot(q, k.T) * (pages.LOG2_E / math.sqrt(head_dim))
+            scores = dot(q, k.T) * (pages.LOG2_E / math.sqrt(head_dim))
             return pages.add_keys(carry, scores, written[None, :], v)
 
         start = pages.start_carry(member.shape[0], feature.shape[0])

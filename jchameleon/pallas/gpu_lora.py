@@ -15,6 +15,7 @@ from jax.experimental import pallas as pl
 
 from jchameleon.lora.layout import CHUNK_RANK, GroupLayout
 from jchameleon.pallas import _compat
+from jchameleon.pallas.gpu_device import dot
 from jchameleon.pallas.gpu_lora_config import (
     ExpandConfig,
     ShrinkConfig,
@@ -34,7 +35,6 @@ def multi_lora_gpu(
     work: GpuLoraWork,
     *,
     group: GroupLayout,
-    prefill: bool,
     interpret: bool = False,
     arch: str | None = None,
     shrink: ShrinkConfig | None = None,
@@ -46,7 +46,6 @@ def multi_lora_gpu(
     Tokens without an adapter keep their bits.
 
     Args:
-      prefill: as `work` was built.
       interpret: run on any device, without a GPU's compiler; for tests.
       arch: compute capability ("sm_86") that block sizes are chosen for.
       shrink, expand: block sizes, if not those that `choose_shrink` and
@@ -63,45 +62,22 @@ def multi_lora_gpu(
         )
     if x.shape[0] != group.d_in or y.shape[1] != x.shape[1]:
         raise ValueError(f"{x.shape=} and {y.shape=} must be d_in={group.d_in}, N by T")
+    step: dict[str, Any] = {
+        "prefill": work.prefill,
+        "elem_bytes": pool.dtype.itemsize,
+        "arch": arch,
+    }
     if shrink is None:
-        shrink = choose_shrink(
-            group,
-            page_elems,
-            num_items=work.items.shape[1],
-            prefill=prefill,
-            elem_bytes=pool.dtype.itemsize,
-            arch=arch,
-        )
+        items = work.items.shape[1]
+        shrink = choose_shrink(group, page_elems, num_items=items, **step)
     if expand is None:
-        expand = choose_expand(
-            group,
-            page_elems,
-            num_blocks=work.blocks.shape[1],
-            prefill=prefill,
-            elem_bytes=pool.dtype.itemsize,
-            arch=arch,
-        )
+        blocks = work.blocks.shape[1]
+        expand = choose_expand(group, page_elems, num_blocks=blocks, **step)
     check_shrink(shrink, group, page_elems)
     check_expand(expand, group, page_elems)
-    h = shrink_call(
-        x.T,
-        pool,
-        work,
-        group=group,
-        prefill=prefill,
-        config=shrink,
-        interpret=interpret,
-    )
-    out = expand_call(
-        y.T,
-        h,
-        pool,
-        work,
-        group=group,
-        prefill=prefill,
-        config=expand,
-        interpret=interpret,
-    )
+    of: dict[str, Any] = {"group": group, "interpret": interpret}
+    h = shrink_call(x.T, pool, work, config=shrink, **of)
+    out = expand_call(y.T, h, pool, work, config=expand, **of)
     return out.T
 
 
@@ -111,7 +87,6 @@ def shrink_call(
     work: GpuLoraWork,
     *,
     group: GroupLayout,
-    prefill: bool,
     config: ShrinkConfig,
     interpret: bool,
 ) -> jax.Array:  # f[splits, T, P * ranks]
@@ -120,7 +95,7 @@ def shrink_call(
     Of the f32 type where there are several, of the pool's where there is one. ranks is
     the room for the largest adapter; what no work item names is not written.
     """
-    cut = blocking(prefill=prefill)
+    cut = blocking(prefill=work.prefill)
     num_items, num_blocks = work.items.shape[1], work.blocks.shape[1]
     ranks = num_items // num_blocks * cut.group_chunks * CHUNK_RANK
     return _compat.triton_call(
@@ -150,12 +125,11 @@ def expand_call(
     work: GpuLoraWork,
     *,
     group: GroupLayout,
-    prefill: bool,
     config: ExpandConfig,
     interpret: bool,
 ) -> jax.Array:  # f[T, N]
     """Return `y + B_a h` per token; h as `shrink_call` made it."""
-    cut = blocking(prefill=prefill)
+    cut = blocking(prefill=work.prefill)
     tiles = [-(-group.columns[p][1] // config.block_n) for p in group.projections]
     return _compat.triton_call(
         _expand_kernel,
@@ -222,7 +196,7 @@ def _shrink_kernel(
                 mask = mask & (feature < np.int32(group.d_in))[None, :]
             x = _load(x_ref, (rows[:, None], feature[None, :]), mask)
             return tuple(
-                s + _dot(x, read(k).T) for s, read in zip(sums, readers, strict=True)
+                s + dot(x, read(k).T) for s, read in zip(sums, readers, strict=True)
             )
 
         zero = jnp.zeros((block_rows, group_ranks), jnp.float32)
@@ -281,7 +255,7 @@ def _expand_kernel(
             h = _load(h_ref, place, own, lead=np.int32(0))
             for split in range(1, h_ref.shape[0]):
                 h += _load(h_ref, place, own, lead=np.int32(split))
-            return total + _dot(h.astype(pool_ref.dtype), read(g))
+            return total + dot(h.astype(pool_ref.dtype), read(g))
 
         zero = jnp.zeros((block_rows, config.block_n), jnp.float32)
         total = lax.fori_loop(0, blocks_ref[3, at], add_group, zero)
@@ -337,9 +311,3 @@ def _broadcast(
     parts = place if lead is None else (lead, *place)
     at = tuple(jnp.broadcast_to(part, shape) for part in parts)
     return at, jnp.broadcast_to(mask, shape)
-
-
-def _dot(left: jax.Array, right: jax.Array) -> jax.Array:
-    """Return the product in f32; f32 operands are not rounded to TF32."""
-    precision = lax.Precision.HIGHEST if left.dtype == jnp.float32 else None
-    return _compat.dot(left, right, precision=precision)

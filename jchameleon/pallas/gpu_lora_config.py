@@ -16,17 +16,13 @@ import math
 from typing import Literal
 
 from jchameleon.lora.layout import GroupLayout
+from jchameleon.pallas.gpu_device import MIN_CONTRACTION, multiprocessors
 
 Lookup = Literal["static", "hoist", "select", "element"]
-
-MIN_TILE = 16
-"""Extent of a product below which Triton pads, or for bfloat16 computes nonsense."""
 
 SPLITS = (4, 3, 5, 2, 6, 7, 8, 9, 10, 12, 14, 15, 16, 1)
 """Cuts of a decode step's contraction in order of preference: 4 fill a GPU with few
 adapters (A40, A100 and H100 alike), more of them cost traffic of h."""
-
-_MULTIPROCESSORS = {"sm_80": 108, "sm_86": 84, "sm_90": 132}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,7 +87,7 @@ def choose_shrink(
     block_k, splits, lookup = _tile_of_a(
         group, page_elems, prefill=prefill, most_k=most
     )
-    programs = 4 * _MULTIPROCESSORS.get(arch or "", 108) // splits
+    programs = 4 * multiprocessors(arch) // splits
     return ShrinkConfig(
         block_k=block_k,
         splits=splits,
@@ -116,10 +112,10 @@ def choose_expand(
     most = 64 if elem_bytes > 2 else 128
     block_n = _power_of_two(_b_divisor(group, page_elems), most=most)
     lookup: Lookup = "hoist"
-    if block_n < MIN_TILE:
+    if block_n < MIN_CONTRACTION:
         block_n, lookup = 32, "element"
     tiles = sum(-(-size // block_n) for _, size in group.columns.values())
-    programs = 8 * _MULTIPROCESSORS.get(arch or "", 108) // tiles
+    programs = 8 * multiprocessors(arch) // tiles
     return ExpandConfig(
         block_n=block_n,
         lookup=lookup,
@@ -184,8 +180,8 @@ def _check_common(config: ShrinkConfig | ExpandConfig, page_elems: int) -> None:
 
 
 def _check_tile(name: str, value: int) -> None:
-    if value < MIN_TILE or value & (value - 1):
-        raise ValueError(f"{name}={value} must be a power of two >= {MIN_TILE}")
+    if value < MIN_CONTRACTION or value & (value - 1):
+        raise ValueError(f"{name}={value} must be a power of two >= {MIN_CONTRACTION}")
 
 
 def _tile_of_a(
@@ -195,7 +191,7 @@ def _tile_of_a(
     d_in = group.d_in
     divisor = math.gcd(d_in, page_elems, group.a_offset)
     block_k = _power_of_two(divisor, most=most_k)
-    if block_k < MIN_TILE:
+    if block_k < MIN_CONTRACTION:
         return min(64, most_k), 1, "element"
     # A prefill fills the GPU by itself, and writes h in half the bytes if it is whole.
     order = sorted(SPLITS) if prefill else SPLITS

@@ -9,7 +9,7 @@ of the step alone, so one compiled program serves every mix of adapters.
 
 import dataclasses
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -55,12 +55,14 @@ class GpuLoraWork:
         token, end token, groups of the adapter.
       pages: i32[C, W], pages of each chunk. An adapter's chunks are neighbours, and
         rows of zeros (the null page) fill its last group.
+      prefill: the kind of step; static, since kernels differ by it.
     """
 
     counts: jax.Array
     items: jax.Array
     blocks: jax.Array
     pages: jax.Array
+    prefill: bool = dataclasses.field(metadata={"static": True})
 
 
 def work_sizes(
@@ -89,8 +91,8 @@ def build_gpu_lora_work(
     prefill: bool,
     max_chunks: int,
     pages_per_chunk: int,
-) -> dict[str, np.ndarray]:
-    """Return the fields of a `GpuLoraWork` as numpy arrays.
+) -> dict[str, Any]:
+    """Return the fields of a `GpuLoraWork`, arrays as numpy's.
 
     Args:
       token_adapter: adapter index of each token, -1 for the base model. Decode steps
@@ -105,7 +107,8 @@ def build_gpu_lora_work(
     num_blocks, num_items, num_chunks = work_sizes(
         num_tokens, prefill=prefill, max_chunks=max_chunks
     )
-    work = {
+    work: dict[str, Any] = {
+        "prefill": prefill,
         "counts": np.zeros(2, np.int32),
         "items": np.zeros((4, num_items), np.int32),
         "blocks": np.zeros((4, num_blocks), np.int32),

@@ -14,13 +14,7 @@ import numpy as np
 from jax import lax
 
 from jchameleon.pallas import _compat
-
-MIN_CONTRACTION = 16
-"""Least contraction of a product: Triton's bf16 products of fewer are wrong, silently
-(jax 0.10.2, sm_80 to sm_90: the upper half of the contraction repeats the lower)."""
-
-MIN_ROWS = 16
-"""Rows of the smallest tensor-core product; missing ones are padding."""
+from jchameleon.pallas.gpu_device import dot
 
 HEAD_DIMS = range(16, 257, 8)
 """Supported head dimensions; 8 elements of bfloat16 are one 16-byte copy."""
@@ -128,13 +122,6 @@ def load_keys_values(
     k = load_rows(pool_ref, page, key_row(head, kv_heads), slots, written)
     v = load_rows(pool_ref, page, value_row(head, kv_heads), slots, written)
     return k, v
-
-
-def dot(left: jax.Array, right: jax.Array) -> jax.Array:
-    """Return the f32 product; float32 operands are not rounded to TF32."""
-    assert left.shape[1] >= MIN_CONTRACTION
-    precision = lax.Precision.HIGHEST if left.dtype == np.float32 else None
-    return _compat.dot(left, right, precision=precision)
 
 
 def start_carry(rows: int, features: int) -> Carry:

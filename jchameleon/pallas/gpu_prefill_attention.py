@@ -17,6 +17,7 @@ from jax.experimental import pallas as pl
 
 from jchameleon.pallas import _compat
 from jchameleon.pallas import gpu_pages as pages
+from jchameleon.pallas.gpu_device import MIN_CONTRACTION, MIN_ROWS, dot
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,7 +38,7 @@ class PrefillConfig:
     def __post_init__(self) -> None:
         for name in ("bm", "bn"):
             value = getattr(self, name)
-            if value < pages.MIN_CONTRACTION or value & (value - 1):
+            if value < MIN_CONTRACTION or value & (value - 1):
                 raise ValueError(f"{name}={value} must be a power of two >= 16")
 
 
@@ -55,7 +56,7 @@ def prefill_config(
 
     Chosen for registers without spills; not measured on hardware yet.
     """
-    bm = max(pages.MIN_ROWS, pages.power_of_two(rows))
+    bm = max(MIN_ROWS, pages.power_of_two(rows))
     bm = min(bm, max_rows(head_dim, dtype))
     bn = 64 if arch == "sm_90" and head_dim <= 128 else 32
     return PrefillConfig(
@@ -203,7 +204,7 @@ def _prefill_kernel(
             k, v = pages.load_keys_values(
                 pool_ref, table_ref, lax.div(first, tile), head, at, written
             )
-            scores = pages.dot(q, k.T) * (pages.LOG2_E / math.sqrt(head_dim))
+            scores = dot(q, k.T) * (pages.LOG2_E / math.sqrt(head_dim))
             return pages.add_keys(carry, scores, seen_keys(at, position), v)
 
         start = pages.start_carry(bm, feature.shape[0])

@@ -47,9 +47,10 @@ class Operations:
 
     Attributes:
       name: the backend.
-      write_kv, paged_attention, multi_lora: see the functions of these names.
-      rope_write: norms, rotation and `write_kv` as one operation, see
-        `gpu_kv.rope_write_gpu`; None where the layer does the first two.
+      paged_attention, multi_lora: see the functions of these names.
+      write_kv: see the function; the layer norms and rotates before it.
+      rope_write: all three as one operation, in place of `write_kv`; see
+        `gpu_kv.rope_write_gpu`.
       build_lora: the work list that `multi_lora` takes, from the host's numpy arrays.
       build_blocks: likewise the argument `blocks` of `paged_attention`; None where it
         takes none.
@@ -57,9 +58,9 @@ class Operations:
     """
 
     name: str
-    write_kv: Callable[..., jax.Array]
     paged_attention: Callable[..., jax.Array]
     multi_lora: Callable[..., jax.Array]
+    write_kv: Callable[..., jax.Array] = write_kv
     rope_write: Callable[..., tuple[jax.Array, jax.Array]] | None = None
     build_lora: Callable[..., Any] = build_lora
     build_blocks: Callable[..., np.ndarray | None] | None = None
@@ -68,7 +69,6 @@ class Operations:
 
 XLA = Operations(
     name="xla",
-    write_kv=write_kv,
     paged_attention=paged_attention,
     multi_lora=multi_lora,
 )
@@ -76,7 +76,6 @@ XLA = Operations(
 
 CPU = Operations(
     name="cpu",
-    write_kv=write_kv,
     paged_attention=cpu_attention.paged_attention_cpu,
     multi_lora=cpu_lora.multi_lora_cpu,
 )
@@ -142,11 +141,9 @@ def choose_operations(
 def _choose_pallas(
     platform: str, model: ModelConfig, capability: str | None
 ) -> Operations:
-    from jchameleon.pallas import gpu_operations
+    from jchameleon.pallas import gpu_device, gpu_operations
 
-    reason = gpu_operations.why_not(model)
-    if reason is not None:
-        raise ConfigError(reason + "; use backend='xla'")
+    gpu_operations.check_model(model)
     if platform == "cpu":
         return pallas_operations(None, interpret=True)
     if platform not in ("gpu", "cuda") or capability is None:
@@ -154,7 +151,7 @@ def _choose_pallas(
             f"backend='pallas' needs an NVIDIA GPU or a CPU, got {platform!r}; use "
             "backend='xla'"
         )
-    return pallas_operations(gpu_operations.arch_of(capability))
+    return pallas_operations(gpu_device.arch_of(capability))
 
 
 def compile_operations(ops: Operations) -> None:
