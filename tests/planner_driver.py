@@ -47,6 +47,13 @@ def request_of(request_id, prompt_tokens=20, max_tokens=5, adapter_uid=None):
     )
 
 
+class QueueAhead:
+    """Prefetch what the line names."""
+
+    def candidates(self, view):
+        return [r.adapter_uid for r in view.waiting if r.adapter_uid is not None]
+
+
 class Text:
     """Tokens of a request that takes part in the prefix cache, and where it stands.
 

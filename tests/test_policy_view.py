@@ -4,13 +4,13 @@ import dataclasses
 import math
 
 import pytest
+from admission_engine import request_of as expecting
 from planner_driver import CONFIG, Driver, planner_of, request_of
 
 from jchameleon.runtime.policy.admission import Fifo
 from jchameleon.runtime.policy.chameleon import Chameleon
 from jchameleon.runtime.policy.predictor import Oracle
 from jchameleon.runtime.policy.prefetch import NoPrefetch, Queued
-from jchameleon.runtime.policy.request import Request
 
 PREDICTED = dataclasses.replace(CONFIG, kv_reserve="predicted")
 
@@ -160,16 +160,6 @@ def test_wait_for_pages_counts_a_copy_ahead_that_nobody_waits_for():
     assert ask(driver, policy, waits(9)) == math.inf
 
 
-def request(request_id, prompt, output, adapter=None, most=None):
-    return Request(
-        request_id=request_id,
-        prompt_tokens=prompt,
-        max_tokens=most or output,
-        adapter_uid=adapter,
-        expected_tokens=output,
-    )
-
-
 def crowded(*, passer_uid, passer_most=60):
     """Two hogs hold 16 of 32 pages, for 48 tokens that they are charged; a head with
     an adapter of 22 pages waits, and somebody small behind it passes."""
@@ -177,14 +167,14 @@ def crowded(*, passer_uid, passer_most=60):
     driver = Driver(planner)
     driver.register("big", 22, 64)
     driver.register("tiny", 2)
-    driver.arrive(request("warm", 20, 2, "tiny"))
+    driver.arrive(expecting("warm", 20, 2, "tiny"))
     driver.drain(20)
     for name in ("hog1", "hog2"):
-        driver.arrive(request(name, 20, 4, most=400))
+        driver.arrive(expecting(name, 20, 4, most=400))
     for _ in range(100):
         driver.tick()
-    driver.arrive(request("head", 20, 5, "big"))
-    driver.arrive(request("passer", 14, 3, passer_uid, most=passer_most))
+    driver.arrive(expecting("head", 20, 5, "big"))
+    driver.arrive(expecting("passer", 14, 3, passer_uid, most=passer_most))
     return driver
 
 
@@ -220,10 +210,10 @@ def test_prefetch_leaves_pages_to_rows_that_may_outgrow_theirs():
         )
         for uid in ("a", "b", "c"):
             driver.register(uid, 13)
-        driver.arrive(request("r1", 60, 5, most=120))
-        driver.arrive(request("r2", 60, 5, most=120))
+        driver.arrive(expecting("r1", 60, 5, most=120))
+        driver.arrive(expecting("r2", 60, 5, most=120))
         for uid in ("a", "b", "c"):
-            driver.arrive(request(f"waits for {uid}", 20, 5, uid))
+            driver.arrive(expecting(f"waits for {uid}", 20, 5, uid))
         for _ in range(40):
             driver.tick()
         return driver
@@ -243,7 +233,7 @@ def test_prefetch_leaves_a_place_on_the_link_to_who_is_admitted_next():
         driver.register(uid, 2)
     driver.load_steps = lambda uid: 30
     driver.tick()
-    driver.arrive(request("r", 20, 5, "c"))
+    driver.arrive(expecting("r", 20, 5, "c"))
     assert [load.uid for load in driver.tick().loads] == ["c"]
 
 
@@ -259,8 +249,8 @@ def test_prefetch_loads_nothing_else_while_somebody_lacks_pages():
     driver = Driver(planner)
     for uid in ("a", "b", "c"):
         driver.register(uid, 4)
-    driver.arrive(request("r", 16 * 24, 9, most=9))  # 25 of 32 pages
-    driver.arrive(request("head", 16 * 10, 9, "b"))
+    driver.arrive(expecting("r", 16 * 24, 9, most=9))  # 25 of 32 pages
+    driver.arrive(expecting("head", 16 * 10, 9, "b"))
     plans = [driver.tick() for _ in range(4)]
     loads = [load.uid for plan in plans for load in plan.loads]
     assert loads == ["b"]
@@ -282,7 +272,7 @@ def test_prefetched_adapter_that_is_dropped_unused_is_not_loaded_again():
     for _ in range(20):
         driver.tick()
     assert driver.planner.adapter_stats("a").loads == 1
-    driver.arrive(request("r", 20, 5, "a"))
+    driver.arrive(expecting("r", 20, 5, "a"))
     driver.drain(30)
     assert driver.outcome == {"r": "finished"}
 
@@ -295,7 +285,7 @@ def test_request_that_ends_as_it_outgrows_is_not_reported_as_outgrown():
 
     config = dataclasses.replace(PREDICTED, max_running=8)
     driver = Driver(planner_of(config, admission=Watch(), predictor=Oracle()))
-    driver.arrive(request("r", 20, 3, most=30), length=4)
+    driver.arrive(expecting("r", 20, 3, most=30), length=4)
     driver.drain(20)
     assert driver.outcome == {"r": "finished"}
 
@@ -304,7 +294,7 @@ def test_youngest_of_several_is_squashed_not_the_next():
     config = dataclasses.replace(PREDICTED, num_pages=10)
     driver = Driver(planner_of(config, predictor=Oracle()))
     for name in ("old", "mid", "young"):
-        driver.arrive(request(name, 30, 1, most=60))  # 2 of 8 pages each
+        driver.arrive(expecting(name, 30, 1, most=60))  # 2 of 8 pages each
     squashed = []
     while not squashed:
         squashed += driver.tick().squashed
@@ -333,8 +323,8 @@ def test_charge_of_a_row_that_outgrows_moves_to_the_next_lane_if_asked(recharge)
         min_samples=2,
     )
     driver = Driver(planner_of(PREDICTED, admission=policy, predictor=Oracle()))
-    driver.arrive(request("large", 100, 50))
-    driver.arrive(request("small", 10, 2, most=30))
+    driver.arrive(expecting("large", 100, 50))
+    driver.arrive(expecting("small", 10, 2, most=30))
     driver.tick()
     # Sizes 1 and 0.4 * 10 / 100 + 0.6 * 2 / 50; each is charged prompt and prediction.
     assert [lane.used_tokens for lane in policy.lanes()] == [12, 150]
