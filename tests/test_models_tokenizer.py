@@ -1,24 +1,13 @@
 """Tokenizers: same ids as transformers, exact streaming, refusals by name."""
 
-import json
 import time
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from model_files import write_json
 from smollm2 import smollm2_path
-from tokenizers import (
-    AddedToken,
-    decoders,
-    normalizers,
-    pre_tokenizers,
-    processors,
-)
-from tokenizers import (
-    Tokenizer as Backend,
-)
-from tokenizers.models import BPE
+from spm_vocabulary import spm_metadata
+from tokenizers import pre_tokenizers
 
 from jchameleon.errors import InvalidRequestError, ModelLoadError
 from jchameleon.models.gguf_file import read_gguf
@@ -234,98 +223,6 @@ def test_llama3_adds_bos_unless_told_otherwise(metadata):
     assert made.encode("x")[0] == 1
 
 
-SPM_TOKENS = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
-SPM_WORDS = ["▁", "a", "b", "c", "ab", "▁a", "bc", "abc", "▁ab", "cab", "▁▁", "aa", "é"]
-SPM_TYPES = [2, 3, 3, *[6] * 256, *[1] * len(SPM_WORDS)]
-# Not in the order of the words' ids, so that scores matter.
-SPM_SCORES = [0.0] * 259 + [-9.0, -8, -7, -6, -3, -4, -1, -2, -5, -2.5, -3.5, -6.5, -10]
-
-
-def spm_metadata(**extra):
-    return {
-        "general.architecture": "llama",
-        "tokenizer.ggml.model": "llama",
-        "tokenizer.ggml.tokens": SPM_TOKENS + SPM_WORDS,
-        "tokenizer.ggml.token_type": SPM_TYPES,
-        "tokenizer.ggml.scores": [float(score) for score in SPM_SCORES],
-        **{f"tokenizer.ggml.{key}": value for key, value in extra.items()},
-    }
-
-
-def spm_reference(text: str) -> list[int]:
-    """SentencePiece BPE from its definition: join the best-scoring neighbours."""
-    scores = dict(zip(SPM_WORDS, SPM_SCORES[259:], strict=True))
-    pieces = list(("▁" + text.replace(" ", "▁")) if text else "")
-    while True:
-        joins = [
-            (-scores[left + right], i)
-            for i, (left, right) in enumerate(zip(pieces, pieces[1:], strict=False))
-            if left + right in scores
-        ]
-        if not joins:
-            break
-        _, i = min(joins)
-        pieces[i : i + 2] = [pieces[i] + pieces[i + 1]]
-    ids: list[int] = []
-    for piece in pieces:
-        if piece in scores:
-            ids.append(259 + SPM_WORDS.index(piece))
-        else:
-            ids += [3 + byte for byte in piece.encode()]
-    return ids
-
-
-@pytest.fixture(scope="module")
-def spm():
-    return Tokenizer.from_gguf(spm_metadata(), bos_token_id=1, eos_token_ids=(2,))
-
-
-@settings(max_examples=300)
-@given(text=st.text(alphabet="aaabbbccc  é語", max_size=30))
-def test_sentencepiece_ids_follow_the_definition(spm, text):
-    ids = spm.encode(text)
-    assert ids == [1, *spm_reference(text)]
-    assert spm.decode(ids) == text
-
-
-@settings(max_examples=200)
-@given(ids=st.lists(st.integers(0, 259 + len(SPM_WORDS)), max_size=30))
-def test_sentencepiece_stream_is_decode_of_all(spm, ids):
-    stream = spm.stream()
-    streamed = "".join([*map(stream.push, ids), stream.flush()])
-    assert streamed == spm.decode(ids)
-    raw = b"".join(spm.piece(i) for i in ids if i not in (1, 2))
-    assert streamed == raw.removeprefix(b" ").decode("utf-8", "replace")
-
-
-def test_sentencepiece_bytes_and_blanks(spm):
-    assert spm.decode([1, 259 + SPM_WORDS.index("▁ab"), 3 + 0xC3, 3 + 0xA9]) == "abé"
-    assert spm.decode([259, 259, 260]) == " a"
-    no_prefix = Tokenizer.from_gguf(
-        spm_metadata(add_space_prefix=False, add_bos_token=False),
-        bos_token_id=1,
-        eos_token_ids=(2,),
-    )
-    assert no_prefix.encode("ab") == [259 + SPM_WORDS.index("ab")]
-    assert no_prefix.decode(no_prefix.encode(" a")) == " a"
-
-
-def test_sentencepiece_specials(spm):
-    assert spm.encode("</s>")[-1] == 2
-    assert 2 not in spm.encode("</s>", parse_special=False)
-    assert spm.encode("<s>a") == [1, 259 + SPM_WORDS.index("▁a")]
-
-
-def test_sentencepiece_user_defined_tokens_match_whole():
-    table = spm_metadata()
-    table["tokenizer.ggml.token_type"] = [*SPM_TYPES[:-1], 4]
-    table["tokenizer.ggml.tokens"] = [*SPM_TOKENS, *SPM_WORDS[:-1], "<think>"]
-    made = Tokenizer.from_gguf(table, bos_token_id=1, eos_token_ids=(2,))
-    token_id = len(SPM_TYPES) - 1
-    assert made.encode("a<think>a").count(token_id) == 1
-    assert "<think>" in made.decode([token_id])  # not special, so it is text
-
-
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -372,102 +269,3 @@ def test_byte_tokenizer_streams_any_bytes(data):
     stream = tokenizer.stream()
     streamed = "".join([*map(stream.push, data), stream.flush()])
     assert streamed == data.decode("utf-8", "replace")
-
-
-def llama2_backend() -> Backend:
-    """A tokenizer shaped as Llama 2's tokenizer.json is."""
-    vocab = {token: i for i, token in enumerate(SPM_TOKENS + SPM_WORDS)}
-    merges = [("b", "c"), ("a", "bc"), ("a", "b"), ("▁", "a"), ("▁a", "b"), ("▁", "▁")]
-    backend = Backend(
-        BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
-    )
-    backend.normalizer = normalizers.Sequence(
-        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
-    )
-    backend.decoder = decoders.Sequence(
-        [
-            decoders.Replace("▁", " "),
-            decoders.ByteFallback(),
-            decoders.Fuse(),
-            decoders.Strip(" ", 1, 0),
-        ]
-    )
-    backend.post_processor = processors.TemplateProcessing(
-        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)]
-    )
-    backend.add_special_tokens(
-        [AddedToken(token, normalized=False) for token in ("<unk>", "<s>", "</s>")]
-    )
-    return backend
-
-
-def from_directory(directory):
-    return Tokenizer.from_directory(directory, bos_token_id=1, eos_token_ids=(2,))
-
-
-def test_directory_without_tokenizer_has_none(tmp_path):
-    assert from_directory(tmp_path) is None
-
-
-def test_directory_llama2_file_encodes_and_decodes_as_the_library(tmp_path):
-    backend = llama2_backend()
-    backend.enable_truncation(3)
-    backend.enable_padding(length=50)
-    backend.save(str(tmp_path / "tokenizer.json"))
-    backend.no_truncation()
-    backend.no_padding()
-    tokenizer = from_directory(tmp_path)
-    for text in ["", "abc", " a  b", "é語", "ab<s>", "</s>", "aa bb cc " * 9]:
-        ids = tokenizer.encode(text)
-        assert ids == backend.encode(text).ids
-        for skip in (True, False):
-            assert tokenizer.decode(ids, skip_special=skip) == backend.decode(
-                ids, skip_special_tokens=skip
-            )
-    assert (
-        tokenizer.encode("<s>abc")
-        == backend.encode("<s>abc", add_special_tokens=False).ids
-    )  # no second one
-
-
-@pytest.mark.parametrize(
-    ("config", "first", "last"),
-    [
-        ({}, 1, None),
-        ({"add_bos_token": False}, None, None),
-        ({"add_bos_token": True, "bos_token": "<s>"}, 1, None),
-        ({"add_eos_token": True, "eos_token": {"content": "</s>"}}, None, 2),
-    ],
-)
-def test_directory_flags_go_before_the_post_processor(tmp_path, config, first, last):
-    llama2_backend().save(str(tmp_path / "tokenizer.json"))
-    write_json(tmp_path / "tokenizer_config.json", config)
-    tokenizer = from_directory(tmp_path)
-    middle = tokenizer.encode("abc", add_special=False)
-    expected = [i for i in (first, *middle, last) if i is not None]
-    assert tokenizer.encode("abc") == expected
-
-
-def test_directory_flag_without_token_is_refused(tmp_path):
-    llama2_backend().save(str(tmp_path / "tokenizer.json"))
-    config = {"add_bos_token": True, "bos_token": "<nope>"}
-    write_json(tmp_path / "tokenizer_config.json", config)
-    with pytest.raises(ModelLoadError, match="add_bos_token.*<nope>"):
-        from_directory(tmp_path)
-
-
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"model": {"type": "?"}}'])
-def test_directory_corrupt_file_is_refused(tmp_path, content):
-    (tmp_path / "tokenizer.json").write_text(content)
-    with pytest.raises(ModelLoadError, match=r"tokenizer\.json") as raised:
-        from_directory(tmp_path)
-    assert "\n" not in str(raised.value)
-
-
-def test_directory_decoder_of_other_kind_is_refused(tmp_path):
-    backend = llama2_backend()
-    table = json.loads(backend.to_str())
-    for decoder in (None, {"type": "WordPiece", "prefix": "##", "cleanup": True}):
-        write_json(tmp_path / "tokenizer.json", {**table, "decoder": decoder})
-        with pytest.raises(ModelLoadError, match="decoder .*not supported"):
-            from_directory(tmp_path)
