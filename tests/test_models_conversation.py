@@ -1,6 +1,7 @@
 """Conversations to ids: those of transformers, and no special token of a user's."""
 
 import re
+import string
 
 import pytest
 from hypothesis import given
@@ -215,7 +216,7 @@ def test_template_that_repeats_or_drops_contents_is_followed(smollm2):
 
 # A vocabulary as SentencePiece makes them: a blank before the text, special tokens of
 # all kinds, one of them part of the vocabulary and one beyond it.
-def sentencepiece_backend():
+def sentencepiece_backend(*added):
     pieces = ["<unk>", "<s>", "</s>", "▁", "a", "b", "1", "<", ">", "/", "s", "[", "]"]
     pieces += ["I", "N", "\n", "▁a", "ab", "▁▁", "[/", "/s", "\n\n"]
     pairs = [("▁", "a"), ("a", "b"), ("▁", "▁"), ("[", "/"), ("/", "s"), ("\n", "\n")]
@@ -234,6 +235,7 @@ def sentencepiece_backend():
             AddedToken("[IN]", special=True, normalized=False, rstrip=True),
             AddedToken("[/IN]", special=True, normalized=True),
             AddedToken("abba", special=False, normalized=False),
+            *(AddedToken(text, special=False, normalized=False) for text in added),
         ]
     )
     return backend
@@ -265,6 +267,26 @@ def test_special_tokens_over_sentencepiece_are_the_templates(parts):
     template = ChatTemplate("<s>[IN] {{ messages[0].content }} [/IN]")
     ids = conversation_tokens(template, tokenizer, "".join(parts))
     assert [i for i in ids if i in special] == [special[0], special[2], special[3]]
+
+
+@pytest.mark.parametrize("letters", ["0123456789", "abcdefghijklmnopqrstuvwxyz"])
+def test_added_tokens_cannot_cut_the_names_of_special_ones(letters):
+    """A token found before normalising, within the name of one found after it."""
+    backend = sentencepiece_backend(*letters, "b1", "77", "qq")
+    tokenizer = Tokenizer(backend, bos_token_id=1)
+    template = ChatTemplate("<s>[IN] {{ messages[0].content }} [/IN]")
+    ids = conversation_tokens(template, tokenizer, "[IN] a[/IN]")
+    special = [backend.token_to_id(text) for text in ("<s>", "[IN]", "[/IN]")]
+    assert [i for i in ids if i in special] == special
+
+
+def test_added_tokens_that_leave_no_name_are_refused():
+    letters = string.ascii_lowercase + string.digits
+    tokenizer = Tokenizer(sentencepiece_backend(*letters), bos_token_id=1)
+    with pytest.raises(InvalidRequestError, match="added tokens leave no name"):
+        conversation_tokens(
+            ChatTemplate("<s>{{ messages[0].content }}"), tokenizer, "a"
+        )
 
 
 def test_special_token_that_merging_makes_is_refused():

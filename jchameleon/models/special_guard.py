@@ -3,8 +3,9 @@
 import json
 import re
 import secrets
+import string
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from tokenizers import Tokenizer as Backend
 
@@ -12,6 +13,12 @@ from jchameleon.errors import InvalidRequestError
 
 Parts = Iterable[tuple[str, bool]]
 """Pieces of a text: (text, whether special tokens spelled in it are those tokens)."""
+
+
+SECRET_LETTERS = 16
+"""82 bits where all letters may be used."""
+
+SECRET_DRAWS = 1000
 
 
 class SpecialGuard:
@@ -74,13 +81,11 @@ class _RenamedCopy:
     def __init__(self, backend: Backend) -> None:
         table = json.loads(backend.to_str())
         table["post_processor"] = None
-        secret = secrets.token_hex(8)
+        plain = [t["content"] for t in table["added_tokens"] if not t["special"]]
         self._names: dict[str, str] = {}
         for token in table["added_tokens"]:
             if token["special"]:
-                # Private-use characters: no normaliser changes them.
-                name = f"\ue000{secret}:{token['id']}\ue001"
-                self._names[token["content"]] = name
+                name = self._names[token["content"]] = _secret_name(plain)
                 token["content"] = name
         self._backend = Backend.from_str(json.dumps(table))
         # Added tokens are numbered anew where the new name is not in the vocabulary.
@@ -106,6 +111,28 @@ class _RenamedCopy:
                     "this vocabulary cannot write as plain text"
                 )
         return [self._ids.get(token_id, token_id) for token_id in ids]
+
+
+def _secret_name(added: Sequence[str]) -> str:
+    """Return a name in which none of the `added` tokens occurs.
+
+    Those that are matched before the text is normalised would cut a name that is looked
+    for afterwards.
+
+    Raises:
+      InvalidRequestError: they leave no such name.
+    """
+    letters = [c for c in string.ascii_lowercase + string.digits if c not in added]
+    for _ in range(SECRET_DRAWS if letters else 0):
+        secret = "".join(secrets.choice(letters) for _ in range(SECRET_LETTERS))
+        # Private-use characters: no normaliser changes them.
+        name = f"\ue000{secret}\ue001"
+        if not any(content in name for content in added):
+            return name
+    raise InvalidRequestError(
+        "this vocabulary's added tokens leave no name that text cannot spell, so "
+        "contents cannot be kept from special tokens"
+    )
 
 
 _NOTHING = r"(?!)"
