@@ -25,10 +25,11 @@ from jchameleon.models.conversation import (
 from jchameleon.models.export import save_model
 from jchameleon.models.loader import LoadedModel, load_model
 from jchameleon.outputs import AdapterInfo, EngineStats, RequestDelta, RequestOutput
-from jchameleon.requests import Call, Caller, Prompt, RequestStream
+from jchameleon.requests import Call, Caller, CallRequest, Prompt, RequestStream
 from jchameleon.runtime.adapters import AdapterRegistry
 from jchameleon.runtime.engine import Engine
 from jchameleon.runtime.host_store import HostStore
+from jchameleon.runtime.outbox import Outbox
 from jchameleon.runtime.policy.presets import build_policies, load_policy
 from jchameleon.runtime.programs import host_params
 from jchameleon.runtime.records import StepRecord
@@ -179,6 +180,28 @@ class LLM:
                 yield from call.deltas()
 
         return RequestStream(deltas(), call.submissions)
+
+    def prepare(
+        self,
+        request_id: str,
+        prompt: Prompt,
+        adapter: str | None,
+        sampling: SamplingParams,
+        *,
+        cache_salt: str | None,
+        outbox: Outbox,
+    ) -> CallRequest:
+        """Return a validated request, for callers that submit at their own pace.
+
+        `engine.submit` takes its submissions; each sends its deltas to `outbox`.
+        Whoever does not submit one abandons it.
+
+        Raises:
+          JChameleonError: as `generate`.
+        """
+        return self._caller.request(
+            request_id, prompt, adapter, sampling, cache_salt, outbox
+        )
 
     def cancel(self, request_id: str) -> None:
         """End a request as "aborted", all its completions; unknown ids are ignored."""
