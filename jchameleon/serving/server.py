@@ -38,6 +38,7 @@ class Server:
             max_requests=limits.max_waiting_requests + engine.max_running,
             max_waiting_tokens=limits.max_waiting_tokens,
         )
+        self.outbox = LoopOutbox(asyncio.get_running_loop())
         self._server: grpc.aio.Server | None = None
         self._port = 0
 
@@ -104,7 +105,7 @@ class Server:
     def _add_services(self, server: grpc.aio.Server) -> None:
         inference = InferenceService(
             self.state.open_llm,
-            LoopOutbox(asyncio.get_running_loop()),
+            self.outbox,
             self.admission,
             SilentObserver(),
         )

@@ -75,6 +75,11 @@ class LoopOutbox(Outbox):
             self._streams[name] = stream
         return stream
 
+    @property
+    def open_ids(self) -> list[str]:
+        """Requests that have a reader (event loop)."""
+        return list(self._streams)
+
     def is_open(self, request_id: str) -> bool:
         """Return whether a request of this id has a reader (event loop)."""
         return request_id in self._streams
