@@ -360,7 +360,7 @@ class Engine:
         return [Arrival(submission.request())]
 
     def _apply(self, plan: Plan, now_s: float) -> None:
-        for request_id, why in plan.failed:
+        for request_id, why, _ in plan.failed:
             self._finish(request_id, "error", why)
         self.adapters.note_forgotten(plan.forgotten)
         carry_out(
