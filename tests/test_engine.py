@@ -431,7 +431,7 @@ def test_close_answers_requests_that_the_engine_never_saw(adapter_dirs):
     results = []
     caller = threading.Thread(target=lambda: results.extend(llm.generate([[1]] * 3)))
     caller.start()
-    while len(llm._engine._open_ids) < 3:
+    while len(llm._engine._door._open_ids) < 3:
         time.sleep(0.001)
     llm._engine._closing = True
     leave.set()
