@@ -11,7 +11,7 @@ from collections.abc import Container, Iterator
 
 from jchameleon.runtime.policy.plan import Plan
 
-PROBATION_STEPS = 32
+PROBATION_STEPS = 8
 """Decode steps that requests run apart before what failed counts as gone."""
 
 
@@ -67,8 +67,11 @@ class Suspects:
             self._groups.append(_Group(ids))  # once more as it was
             return None
         self._groups.remove(group)
-        if len(ids) == 1:
+        if len(group.ids) == 1:
             return next(iter(ids))
+        if len(ids) == 1:  # the first of its group to run: one failure may be chance
+            self._groups.append(_Group(ids))
+            return None
         order = [*dict.fromkeys([*(c.request_id for c in step.prefill), *step.decode])]
         for half in (order[: len(ids) // 2], order[len(ids) // 2 :]):
             self._groups.append(_Group(frozenset(half)))
