@@ -263,6 +263,7 @@ class Engine:
             reason = f"engine failed: {type(error).__name__}: {error}"
             finish, fault = "error", "engine"
         self._end_all(reason, finish, fault)
+        self._pulse.rest()
 
     def _iterate(self) -> None:
         """Run one iteration; what it causes is for the next one's plan."""

@@ -12,7 +12,8 @@ class Heartbeat:
       alive: it has not ended, neither closed nor died.
       open_requests: taken in and not answered yet.
       stalled_s: seconds since its thread last finished an iteration; 0 while it waits
-        for requests or loads. It never compiles: what is large here hangs.
+        for requests or loads, and after its end. It never compiles: an engine for which
+        this is large hangs.
     """
 
     alive: bool
