@@ -6,7 +6,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from server_harness import check_baseline, greedy, joined_ids, running_server
 
-from jchameleon.serving.proto.jchameleon.v1 import inference_pb2
+from jchameleon.serving.proto.jchameleon.v1 import (
+    adapter_pb2,
+    engine_pb2,
+    inference_pb2,
+)
 
 FUZZ = settings(
     max_examples=150,
@@ -24,7 +28,7 @@ ALLOWED = {
     grpc.StatusCode.DATA_LOSS,
     grpc.StatusCode.CANCELLED,
 }
-FILES = (inference_pb2,)
+FILES = (inference_pb2, adapter_pb2, engine_pb2)
 METHODS = [
     (f"/{service.full_name}/{method.name}", method)
     for file in FILES

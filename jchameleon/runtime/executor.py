@@ -122,6 +122,11 @@ class Executor:
         return self._device
 
     @property
+    def backend(self) -> str:
+        """Name of the device operations."""
+        return self._ops.name
+
+    @property
     def dtype(self) -> np.dtype:
         """Element type of parameters and pool."""
         return self._dtype
