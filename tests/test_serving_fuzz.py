@@ -2,6 +2,7 @@
 
 import grpc
 import pytest
+from adapter_versions import write_version
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from server_harness import check_baseline, greedy, joined_ids, running_server
@@ -38,8 +39,11 @@ METHODS = [
 
 
 @pytest.fixture(scope="module")
-def server():
-    with running_server({}) as server:
+def server(tmp_path_factory):
+    root = tmp_path_factory.mktemp("adapters")
+    write_version(root / "tiny", 0, rank=8)
+    table = {"adapters": {"root": str(root), "dynamic": True}}
+    with running_server(table) as server:
         server.expected = joined_ids(server.stream(greedy()))
         yield server
 
@@ -111,7 +115,8 @@ def test_random_messages_get_a_status_of_ours(server, path, method):
         seen.add(code)
 
     run()
-    assert len(seen) > 1, "all random messages were answered alike"
+    if method.name in ("Generate", "GenerateStream", "RegisterAdapter"):
+        assert len(seen) > 1, "all random messages were answered alike"
     check_baseline(server)
     assert joined_ids(server.stream(greedy())) == server.expected
 

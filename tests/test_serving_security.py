@@ -19,10 +19,6 @@ from jchameleon.serving.settings import ServerConfig
 Code = grpc.StatusCode
 USER, OTHER = "user-token-0123456789", "other-token-012345678"
 ADMIN = "admin-token-0123456"
-    "user-token-0123456789",
-    "other-token-012345678",
-    "admin-token-0123456",
-)
 
 
 @pytest.fixture(scope="module")
