@@ -10,6 +10,7 @@ from grpc_health.v1 import health_pb2
 from serve_process import Load, serving, wait_until
 from server_harness import error_details, greedy, joined_ids
 
+ADMITTED = 'jchameleon_requests_admitted_total{adapter="_base"}'
 INFERENCE = "jchameleon.v1.InferenceService"
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
@@ -54,8 +55,8 @@ def test_burst_of_ten_times_the_places_gives_each_call_one_answer(server):
 
 
 def test_nothing_is_compiled_by_requests_of_any_shape(server):
-    for tokens in (1, 2, 7, 60, 130, 200):
-        server.generate(greedy("word " * tokens, 3))
+    for tokens in (1, 2, 7, 60, 130, 400):
+        server.generate(greedy("w" * tokens, 3))
     load = Load(server.target, [greedy(f"{i} " * i, 5 + i) for i in range(1, 9)])
     load.join()
     assert set(load.codes()) == {grpc.StatusCode.OK}
@@ -82,10 +83,11 @@ def test_log_has_a_line_for_each_request_and_no_prompt(server):
 
 
 def test_sigterm_under_load_loses_nothing_and_ends_with_0(server):
-    load = Load(server.target, [greedy(f"call {i}", 150) for i in range(16)])
-    wait_until(lambda: load.started)
+    before = server.metrics()[ADMITTED]
+    load = Load(server.target, [greedy(f"call {i}", 400) for i in range(16)])
+    wait_until(lambda: server.metrics()[ADMITTED] == before + 16)
     server.signal(signal.SIGTERM)
-    server.wait_for("draining")
+    assert server.wait_for("draining")["open"] > 0
     # Until the last one has ended the port answers, and says why not.
     with pytest.raises(grpc.RpcError) as late:
         server.generate(greedy("too late"))
@@ -95,7 +97,7 @@ def test_sigterm_under_load_loses_nothing_and_ends_with_0(server):
     load.join()
     assert set(load.codes()) == {grpc.StatusCode.OK}
     for _, _, pieces in load.answers:
-        assert len(joined_ids(pieces)) == 150
+        assert len(joined_ids(pieces)) == 400
     assert server.end() == 0
     assert server.events("drained")[0]["left"] == 0
 

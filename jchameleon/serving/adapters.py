@@ -6,11 +6,12 @@ import functools
 import logging
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import grpc
 
-from jchameleon.errors import AdapterBusyError, JChameleonError
+from jchameleon.errors import AdapterBusyError, ConfigError, JChameleonError
 from jchameleon.llm import LLM
 from jchameleon.outputs import AdapterInfo
 from jchameleon.serving.adapter_paths import AdapterRoot, check_adapter_id
@@ -68,18 +69,32 @@ class AdapterService:
 
     # What a server starts with.
 
-    async def preload(self, llm: LLM) -> None:
-        """Register what the configuration names, and what the manifest remembers.
-
-        A configured adapter that is no good ends the start; a remembered one is listed
-        as FAILED and not served.
+    def configured(self) -> dict[str, Path]:
+        """Return the folders of the adapters that the configuration names, by id.
 
         Raises:
-          JChameleonError, StatusError: of a configured one; ConfigError, of a manifest.
+          ConfigError: an id or path is not allowed; AdapterError: it is no adapter.
         """
+        folders = {}
         for adapter_id, path in self._config.preload.items():
-            check_adapter_id(adapter_id)
-            await self._register(llm, adapter_id, path)
+            assert self._root is not None, "checked with the configuration"
+            try:
+                check_adapter_id(adapter_id)
+                folders[adapter_id] = self._root.resolve(path)
+            except StatusError as error:
+                raise ConfigError(f"adapters.preload: {error.message}") from error
+        return folders
+
+    async def start(self, llm: LLM) -> None:
+        """Take over a model with the configured adapters; register remembered ones.
+
+        A remembered one that is no good any more is listed as FAILED and not served.
+
+        Raises:
+          ConfigError: there is no good manifest.
+        """
+        for info in await self._on_thread(llm.list_adapters):
+            self._note(info, self._config.preload[info.name])
         if self._manifest is None:
             return
         for entry in await self._on_thread(self._manifest.read):
@@ -98,8 +113,6 @@ class AdapterService:
                 self._catalog.entries[entry.adapter_id] = CatalogEntry(
                     source_path=entry.source_path,
                     uid=entry.uid,
-                    rank=0,
-                    target_modules=(),
                     registered_s=time.time(),
                     failure=str(error),
                     pinned=entry.pinned,
@@ -255,19 +268,19 @@ class AdapterService:
             pin=pin,
             expected_uid=expected_uid,
         )
-        same = entry is not None and entry.uid == info.uid and not has_failed
-        if not same:
-            entry = CatalogEntry(
-                source_path=source_path,
-                uid=info.uid,
-                rank=info.rank,
-                target_modules=info.targets,
-                registered_s=time.time(),
-            )
-            self._catalog.entries[adapter_id] = entry
-        assert entry is not None
-        entry.pinned = info.pinned
+        if entry is None or entry.uid != info.uid or has_failed:
+            self._note(info, source_path)
+        else:
+            entry.pinned = info.pinned
         return info
+
+    def _note(self, info: AdapterInfo, source_path: str) -> None:
+        self._catalog.entries[info.name] = CatalogEntry(
+            source_path=source_path,
+            uid=info.uid,
+            registered_s=time.time(),
+            pinned=info.pinned,
+        )
 
     async def _validate(
         self, llm: LLM, request: pb.RegisterAdapterRequest

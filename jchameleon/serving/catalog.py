@@ -21,8 +21,6 @@ class CatalogEntry:
 
     source_path: str
     uid: str
-    rank: int
-    target_modules: tuple[str, ...]
     registered_s: float
     last_used_s: float | None = None
     failure: str | None = None

@@ -119,12 +119,11 @@ class Server:
         """Load the model and compile its programs, off the event loop.
 
         Raises:
-          JChameleonError, StatusError: what is wrong with model, adapters or
-            configuration.
+          JChameleonError: what is wrong with model, adapters or configuration.
         """
         llm = await asyncio.to_thread(self._open_llm)
         try:
-            await self.adapters.preload(llm)
+            await self.adapters.start(llm)
         except BaseException:
             await asyncio.to_thread(llm.close)
             raise
@@ -179,7 +178,8 @@ class Server:
             field.name: getattr(engine, field.name)
             for field in dataclasses.fields(engine)
         }
-        return LLM(config.model, **fields)
+        # Given at the start: they say what projections the programs are compiled for.
+        return LLM(config.model, adapters=self.adapters.configured(), **fields)
 
     def _add_services(self, server: grpc.aio.Server) -> None:
         inference = InferenceService(
