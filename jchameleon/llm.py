@@ -153,7 +153,7 @@ class LLM:
         Raises:
           JChameleonError: a prompt, adapter or sampling value is wrong; nothing of the
             call has run then. A request that fails later is returned with
-            finish_reason "error".
+            finish_reason "error", and a `fault` that says what kind of reason it was.
         """
         call = self._caller.call(prompts, adapters, sampling, cache_salt)
         with self._open(call):

@@ -349,6 +349,7 @@ def _completion(one: "CompletionOutput") -> dict[str, Any]:
         "finish_reason": one.finish_reason,
         "timing": dataclasses.asdict(one.timing),
         "error": one.error,
+        "fault": one.fault,
     }
 
 
