@@ -37,6 +37,7 @@ from jchameleon.runtime.policy.log import PlanLogWriter
 from jchameleon.runtime.policy.planner import Planner
 from jchameleon.runtime.policy.presets import build_policies, load_policy
 from jchameleon.runtime.programs import ModelParams
+from jchameleon.runtime.xla_env import prepare
 
 DEFAULT_POOL_BYTES = 1 << 30
 """Pool of an engine whose configuration names no size."""
@@ -59,6 +60,7 @@ def build_executor(
       CapacityError: an adapter can never fit in the pool.
     All before any device work.
     """
+    prepare()
     model = loaded.config
     max_model_len = resolve_max_model_len(config, model)
     layout = chunk_layout(model, config, adapters)
