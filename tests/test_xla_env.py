@@ -58,7 +58,7 @@ def report(tmp_path):
     return run
 
 
-FRESH = "import jchameleon; jchameleon.LLM\n"
+FRESH = "from jchameleon.runtime.xla_env import prepare; prepare()\n"
 
 
 def test_fresh_process_sets_share_of_memory_and_flag(report):
@@ -115,7 +115,7 @@ def test_jax_imported_before_is_early_enough(report):
 
 def test_devices_looked_for_before_warns_once_and_changes_nothing(report):
     late = "import jax; jax.devices('cpu')\n" + FRESH
-    late += "from jchameleon.runtime.xla_env import prepare; prepare()\n"
+    late += FRESH
     found, err = report(late)
     assert found["env"] == {}
     assert err.count("devices already") == 1

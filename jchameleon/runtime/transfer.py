@@ -86,6 +86,11 @@ def piece_pages(layout: ChunkLayout) -> int:
     return CHUNKS_PER_PIECE * layout.pages_per_chunk
 
 
+def staged_pages(layout: ChunkLayout, rank: int) -> int:
+    """Return the pages that the pieces of an adapter take on their way."""
+    return -(-layout.num_chunks(rank) // CHUNKS_PER_PIECE) * piece_pages(layout)
+
+
 def split_pieces(
     packed: np.ndarray,  # f[L, n, E]
     pages: tuple[int, ...],  # n target pages
