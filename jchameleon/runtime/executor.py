@@ -29,13 +29,13 @@ from jchameleon.runtime.batch import (
     sampler_rows,
 )
 from jchameleon.runtime.drawing import Drawing, Draws
+from jchameleon.runtime.pieces import Piece, piece_pages
 from jchameleon.runtime.programs import (
     ModelParams,
     compile_commit,
     compile_step,
 )
 from jchameleon.runtime.scoring import Scores, Scoring
-from jchameleon.runtime.transfer import Piece, piece_pages
 
 logger = logging.getLogger(__name__)
 

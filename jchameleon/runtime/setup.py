@@ -2,7 +2,7 @@
 
 import concurrent.futures
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from jchameleon.config import (
     default_max_model_len,
 )
 from jchameleon.errors import ConfigError
-from jchameleon.lora.adapter import AdapterCard, HostAdapter
+from jchameleon.lora.adapter import AdapterCard
 from jchameleon.lora.layout import ChunkLayout
 from jchameleon.models.embedded import home_dir
 from jchameleon.models.llama import Llama
@@ -45,6 +45,7 @@ from jchameleon.runtime.sizing import (
     page_elems,
     resolve_num_pages,
 )
+from jchameleon.runtime.staging import Staging
 from jchameleon.runtime.xla_env import prepare
 
 
@@ -122,10 +123,10 @@ def start_engine(
     executor: Executor,
     planner: Planner,
     log: PlanLogWriter | None,
-    fetch: Callable[[str], HostAdapter],
+    staging: Staging,
     listener: AdapterListener | None = None,
 ) -> Engine:
-    """Return a running engine, which calls `fetch` for the weights of a uid."""
+    """Return a running engine, whose adapters come to the device by `staging`."""
     eos = frozenset(loaded.config.eos_token_ids)
     if loaded.tokenizer is not None:
         eos |= frozenset(loaded.tokenizer.eos_token_ids)
@@ -134,7 +135,7 @@ def start_engine(
         planner,
         config,
         log=log,
-        fetch=fetch,
+        staging=staging,
         listener=listener,
         tokenizer=loaded.tokenizer,
         eos_token_ids=eos,

@@ -12,7 +12,7 @@ from jchameleon.errors import ConfigError
 from jchameleon.lora.layout import ChunkLayout
 from jchameleon.runtime.executor import Executor
 from jchameleon.runtime.memory import DeviceMemory, check_pool, fit_pages
-from jchameleon.runtime.transfer import staged_pages
+from jchameleon.runtime.pieces import staged_pages
 
 logger = logging.getLogger(__name__)
 
