@@ -32,6 +32,7 @@ from jchameleon.runtime.staging import (
     Packer,
     PinnedStaging,
     choose_staging,
+    rests_pinned,
 )
 from jchameleon.runtime.transfer import AdapterLoader
 from jchameleon.sampling import SamplingParams
@@ -257,11 +258,14 @@ def test_copy_that_cannot_start_fails_that_load_alone(make_loader, adapters):
 
 
 def test_only_a_device_of_its_own_memory_gets_pinned_adapters():
-    class OnCpu:
-        layout, dtype, device = LAYOUT, np.dtype(np.float32), DEVICE
-
-    assert {memory.kind for memory in DEVICE.addressable_memories()} >= {"pinned_host"}
-    assert isinstance(choose_staging(OnCpu, store_of([])), HostStaging)
+    kinds = {memory.kind for memory in DEVICE.addressable_memories()}
+    assert "pinned_host" in kinds
+    assert rests_pinned("gpu", kinds)
+    assert not rests_pinned("cpu", kinds)
+    assert not rests_pinned("gpu", {"device"})
+    with LLM("tiny", max_running=4, max_batch_tokens=64, max_model_len=64) as llm:
+        chosen = choose_staging(llm._executor, llm._host)
+        assert isinstance(chosen, HostStaging)
 
 
 # Through the engine.

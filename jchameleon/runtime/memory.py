@@ -59,8 +59,8 @@ def fit_pages(
     """Return the pages of the largest pool that fits and can be of use.
 
     Rounded down to `EXACT_BITS` leading bits where `least_pages` allows it: pages are
-    part of every program's shape, and the free memory of a GPU differs a little from
-    start to start, so programs would never be found in the compilation cache.
+    part of every program's shape, and a start that finds a little more or less in use
+    than the last one did should find its programs in the compilation cache.
 
     Args:
       page_bytes: of a page in all layers together.

@@ -6,7 +6,7 @@ rests pinned, and the engine thread only starts its copy.
 """
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, Protocol
 
 import jax
@@ -125,9 +125,18 @@ class PinnedStaging:
 def choose_staging(executor: Executor, store: HostStore) -> Staging:
     """Return the way to load adapters of `store` that suits the executor's device."""
     packer, device = Packer(executor.layout, executor.dtype), executor.device
-    # A CPU has the kind, but its device memory is host memory: a copy more for nothing.
-    if device.platform != "cpu" and PINNED in {
-        memory.kind for memory in device.addressable_memories()
-    }:
+    kinds = {memory.kind for memory in device.addressable_memories()}
+    if rests_pinned(device.platform, kinds):
         return PinnedStaging(packer, device, store)
     return HostStaging(packer, device, store.get)
+
+
+def rests_pinned(platform: str, kinds: Collection[str]) -> bool:
+    """Return whether adapters for a device rest in pinned memory.
+
+    Args:
+      platform: of the device, as jax names it.
+      kinds: of memory that it can address.
+    """
+    # A CPU has the kind, but its device memory is host memory: a copy more for nothing.
+    return platform != "cpu" and PINNED in kinds

@@ -15,7 +15,7 @@ import sys
 logger = logging.getLogger(__name__)
 
 MEM_FRACTION = "0.92"
-"""Share of the GPU's free memory that XLA takes; jax's own default is 0.75.
+"""Share of the GPU's memory that XLA takes; jax's own default is 0.75.
 
 The rest is for what XLA does not manage: the CUDA context, cuBLAS, CUDA graphs.
 """
