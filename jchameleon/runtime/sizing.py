@@ -21,7 +21,8 @@ DEFAULT_POOL_BYTES = 1 << 30
 
 PROVISIONAL_PAGES = 1024
 """Pages of the pool that programs are compiled for to learn their temporaries, which
-do not depend on it. One number, so that those are in the compilation cache."""
+do not depend on it: compiled for A40 and H100 (jax 0.10.2), Llama-7B and SmolLM2, they
+are the same to the byte. One number, so that those are in the compilation cache."""
 
 
 def memory_stats(device: jax.Device) -> Mapping[str, int] | None:
