@@ -34,6 +34,7 @@ from jchameleon.runtime.policy.presets import build_policies, load_policy
 from jchameleon.runtime.programs import host_params
 from jchameleon.runtime.records import StepRecord
 from jchameleon.runtime.setup import build_executor, start_engine
+from jchameleon.runtime.staging import choose_staging
 from jchameleon.runtime.transfer import emulated_link
 from jchameleon.sampling import SamplingParams
 
@@ -103,7 +104,7 @@ class LLM:
             self._executor,
             planner,
             log,
-            self._registry.get,
+            choose_staging(self._executor, self._host),
             self._registry,
         )
         self._caller = Caller(

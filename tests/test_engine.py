@@ -16,6 +16,7 @@ from jchameleon.lora.adapter import HostAdapter
 from jchameleon.models.loader import load_model
 from jchameleon.runtime.outbox import Outbox
 from jchameleon.runtime.setup import build_executor, start_engine
+from jchameleon.runtime.staging import HostStaging
 from jchameleon.sampling import SamplingParams
 
 TINY = ModelConfig.preset("tiny")
@@ -371,9 +372,9 @@ def test_text_that_kills_the_engine_leaves_nobody_waiting():
     loaded = load_model("tiny", dtype="float32")
     loaded = dataclasses.replace(loaded, tokenizer=FailingTokenizer())
     config = EngineConfig(**SMALL)
-    engine = start_engine(
-        loaded, config, *build_executor(loaded, config, ()), fetch=lambda uid: None
-    )
+    executor, planner, log = build_executor(loaded, config, ())
+    staging = HostStaging(None, executor.device, None)  # there are no adapters
+    engine = start_engine(loaded, config, executor, planner, log, staging)
     outboxes = []
     for index, max_tokens in enumerate((3, 400, 400)):
         outboxes.append(Outbox())
