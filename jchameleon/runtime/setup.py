@@ -67,12 +67,14 @@ def build_executor(
     for adapter in adapters:
         check_fits(adapter, layout, planner)
     use_compilation_cache()
+    device = jax.devices()[0]
     ops = choose_operations(
         config.backend,
         platform=jax.default_backend(),
         dtype=numpy_dtype(config.dtype),
         model=model,
-        capability=getattr(jax.devices()[0], "compute_capability", None),
+        capability=getattr(device, "compute_capability", None),
+        device_kind=device.device_kind,
     )
     log = None
     if config.plan_log is not None:
