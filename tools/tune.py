@@ -225,7 +225,7 @@ def engine_config(args: argparse.Namespace) -> EngineConfig:
     return EngineConfig(
         dtype=args.dtype,
         max_model_len=args.max_model_len,
-        lora_targets=args.targets,
+        lora_targets=args.targets and tuple(args.targets),
     )
 
 
