@@ -84,9 +84,8 @@ def test_engines_look_up_what_is_tuned(phase, monkeypatch):
         ops=ops,
     )
     batch = builder.build([], world.load.tokens, prefill=phase == "prefill")
-    params = ModelParams.from_model(
-        Llama(TINY, jax.tree.map(jnp.asarray, random_params(TINY, np.dtype("float32"))))
-    )
+    tree = random_params(TINY, np.dtype("float32"), seed=0)
+    params = ModelParams.from_model(Llama(TINY, jax.tree.map(jnp.asarray, tree)))
     stages = {}
     launch = _compat.triton_call
 
@@ -188,6 +187,10 @@ def test_samples_are_as_many_as_rounds_and_hand_the_state_on():
     )
     assert {name: len(samples) for name, samples in found.items()} == {"a": 4, "b": 4}
     assert all(0 < s < math.inf for samples in found.values() for s in samples)
+    # A sample is a kernel's: of so many in a call, next to nothing each.
+    quick = Timing(rounds=1, queue_s=1e-4)
+    found = measure(programs, jnp.zeros(()), step, kernels=10**9, timing=quick)
+    assert all(samples[0] < 1e-7 for samples in found.values())
     with pytest.raises(ValueError, match="rounds=0 must be at least 1"):
         Timing(rounds=0)
     with pytest.raises(ValueError, match="queue_s=0 must be more than 0"):
@@ -262,6 +265,7 @@ def test_percent_of_floor_is_floor_over_median():
 
 
 def test_bench_without_a_gpu_says_so(monkeypatch, capsys):
+    monkeypatch.setattr(bench_kernels, "see_gpu", lambda: None)
     monkeypatch.setattr(sys, "argv", ["bench_kernels.py", "--model", "llama-7b"])
     assert bench_kernels.main() == 2
     assert capsys.readouterr().err == "bench_kernels: no GPU was seen\n"

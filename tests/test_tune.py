@@ -177,6 +177,7 @@ def test_tuner_writes_a_table_that_engines_read(tmp_path, monkeypatch, capsys):
 
 
 def test_tuner_without_a_gpu_says_so_and_lists_candidates(monkeypatch, capsys):
+    monkeypatch.setattr(tune, "see_gpu", lambda: None)
     monkeypatch.setattr(sys, "argv", ["tune.py", "--model", "llama-7b"])
     assert tune.main() == 2
     line = "tune: no GPU was seen; --dry-run lists candidates\n"

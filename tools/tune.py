@@ -264,7 +264,7 @@ def main() -> int:
     args = parser.parse_args()
     if args.most < 1:
         parser.error(f"--most={args.most} must be at least 1")
-    gpu = see_gpu()
+    gpu = None if args.interpret else see_gpu()
     if gpu is None and not args.dry_run and not args.interpret:
         print("tune: no GPU was seen; --dry-run lists candidates", file=sys.stderr)
         return 2
