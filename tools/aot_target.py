@@ -90,6 +90,23 @@ def read_target(name: str) -> Target:
     )
 
 
+def find_target(kind: str, capability: str) -> tuple[Target | None, str]:
+    """Return the target that a GPU is, or is like, and how that was found.
+
+    By name ("NVIDIA A40"), else by compute capability ("9.0": an H200 counts as H100,
+    with less bandwidth than it has); none where there is none of either.
+    """
+    words = kind.lower().replace("-", " ").split()
+    for name in TARGETS:
+        if name in words:
+            return read_target(name), f"{name} by name"
+    for name in TARGETS:
+        target = read_target(name)
+        if target.capability == capability:
+            return target, f"{name} by compute capability alone"
+    return None, "none known"
+
+
 def missing_wheels() -> str | None:
     """Return a line that says what to install, or None if all is here."""
     missing = [wheel for module, wheel in WHEELS.items() if not _installed(module)]

@@ -78,6 +78,7 @@ def build_executor(
         dtype=numpy_dtype(config.dtype),
         model=model,
         capability=getattr(device, "compute_capability", None),
+        device_kind=device.device_kind,
     )
 
     def new_executor(params: ModelParams, num_pages: int) -> Executor:
