@@ -25,14 +25,16 @@ from jchameleon.models.conversation import (
 from jchameleon.models.export import save_model
 from jchameleon.models.loader import LoadedModel, load_model
 from jchameleon.outputs import AdapterInfo, EngineStats, RequestDelta, RequestOutput
-from jchameleon.requests import Call, Caller, Prompt, RequestStream
+from jchameleon.requests import Call, Caller, CallRequest, Prompt, RequestStream
 from jchameleon.runtime.adapters import AdapterRegistry
 from jchameleon.runtime.engine import Engine
 from jchameleon.runtime.host_store import HostStore
+from jchameleon.runtime.outbox import Outbox
 from jchameleon.runtime.policy.presets import build_policies, load_policy
 from jchameleon.runtime.programs import host_params
 from jchameleon.runtime.records import StepRecord
 from jchameleon.runtime.setup import build_executor, start_engine
+from jchameleon.runtime.staging import choose_staging
 from jchameleon.runtime.transfer import emulated_link
 from jchameleon.sampling import SamplingParams
 
@@ -102,7 +104,7 @@ class LLM:
             self._executor,
             planner,
             log,
-            self._registry.get,
+            choose_staging(self._executor, self._host),
             self._registry,
         )
         self._caller = Caller(
@@ -179,6 +181,28 @@ class LLM:
                 yield from call.deltas()
 
         return RequestStream(deltas(), call.submissions)
+
+    def prepare(
+        self,
+        request_id: str,
+        prompt: Prompt,
+        adapter: str | None,
+        sampling: SamplingParams,
+        *,
+        cache_salt: str | None,
+        outbox: Outbox,
+    ) -> CallRequest:
+        """Return a validated request, for callers that submit at their own pace.
+
+        `engine.submit` takes its submissions; each sends its deltas to `outbox`.
+        Whoever does not submit one abandons it.
+
+        Raises:
+          JChameleonError: as `generate`.
+        """
+        return self._caller.request(
+            request_id, prompt, adapter, sampling, cache_salt, outbox
+        )
 
     def cancel(self, request_id: str) -> None:
         """End a request as "aborted", all its completions; unknown ids are ignored."""

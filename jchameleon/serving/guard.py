@@ -1,0 +1,93 @@
+"""Handlers that take raw bytes and always answer with a status of ours.
+
+grpc.aio answers UNKNOWN when a deserializer or a handler raises; here bytes are parsed
+inside the guard, so that what does not parse is INVALID_ARGUMENT, what the library
+refuses has its code, and a fault of ours is INTERNAL and logged.
+"""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, TypeVar
+
+import grpc
+from google.protobuf.message import DecodeError, Message
+
+from jchameleon.serving.status import StatusError, status_of
+
+logger = logging.getLogger(__name__)
+
+Unary = Callable[[Any, grpc.aio.ServicerContext], Awaitable[Message]]
+Streaming = Callable[[Any, grpc.aio.ServicerContext], AsyncIterator[Message]]
+_M = TypeVar("_M", bound=Message)
+
+
+def unary(request_type: type[Message], method: Unary) -> grpc.RpcMethodHandler:
+    """Return the handler of a method with one reply."""
+
+    async def handle(data: bytes, context: grpc.aio.ServicerContext) -> bytes:
+        try:
+            reply = await method(_parse(request_type, data), context)
+            return reply.SerializeToString()
+        except Exception as error:
+            await _answer(error, context)
+            raise AssertionError("abort returned") from error
+
+    return grpc.unary_unary_rpc_method_handler(handle)
+
+
+def streaming(
+    request_type: type[Message], method: Streaming, *, stall_timeout_s: float
+) -> grpc.RpcMethodHandler:
+    """Return the handler of a method with a stream of replies.
+
+    Args:
+      stall_timeout_s: a reader that takes nothing for so long is given up.
+    """
+
+    async def handle(data: bytes, context: grpc.aio.ServicerContext) -> None:
+        try:
+            replies = method(_parse(request_type, data), context)
+            try:
+                async for reply in replies:
+                    try:
+                        async with asyncio.timeout(stall_timeout_s):
+                            await context.write(reply.SerializeToString())
+                    except TimeoutError:
+                        raise StatusError(
+                            grpc.StatusCode.RESOURCE_EXHAUSTED,
+                            "STALLED_READER",
+                            f"nothing was read for {stall_timeout_s:g} s",
+                        ) from None
+            finally:
+                await replies.aclose()  # type: ignore[attr-defined]
+        except Exception as error:
+            await _answer(error, context)
+
+    return grpc.unary_stream_rpc_method_handler(handle)
+
+
+def _parse(request_type: type[_M], data: bytes) -> _M:
+    try:
+        return request_type.FromString(data)
+    except DecodeError as error:
+        raise StatusError(
+            grpc.StatusCode.INVALID_ARGUMENT,
+            "MALFORMED_MESSAGE",
+            f"the request is no {request_type.DESCRIPTOR.full_name}: {error}",
+        ) from None
+
+
+async def _answer(error: Exception, context: grpc.aio.ServicerContext) -> None:
+    """End the call with the status of `error`."""
+    if isinstance(error, grpc.aio.AbortError):
+        raise error
+    status = status_of(error)
+    if status is None:
+        logger.error("a handler failed", exc_info=error)
+        status = StatusError(
+            grpc.StatusCode.INTERNAL,
+            "INTERNAL",
+            f"a fault of the server: {type(error).__name__}",
+        )
+    await context.abort(status.code, status.message, status.metadata())

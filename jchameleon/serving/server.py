@@ -1,0 +1,141 @@
+"""Put a server together: services over one model, and their life from port to stop."""
+
+import asyncio
+import dataclasses
+import logging
+
+import grpc
+
+from jchameleon.errors import ConfigError
+from jchameleon.llm import LLM
+from jchameleon.sampling import MAX_N
+from jchameleon.serving.admission import Admission
+from jchameleon.serving.guard import streaming, unary
+from jchameleon.serving.inference import InferenceService, SilentObserver
+from jchameleon.serving.proto.jchameleon.v1 import inference_pb2
+from jchameleon.serving.settings import ServerConfig
+from jchameleon.serving.state import ServerState
+from jchameleon.serving.streams import LoopOutbox
+
+logger = logging.getLogger(__name__)
+
+INFERENCE_SERVICE = "jchameleon.v1.InferenceService"
+
+
+class Server:
+    """A gRPC server over one model; event loop only.
+
+    The port is bound first, so that a taken one is found at once and probes get an
+    answer while the model loads.
+    """
+
+    def __init__(self, config: ServerConfig) -> None:
+        """Nothing is bound or loaded yet."""
+        self.config = config
+        self.state = ServerState()
+        limits, engine = config.limits, config.engine
+        self.admission = Admission(
+            max_requests=limits.max_waiting_requests + engine.max_running,
+            max_waiting_tokens=limits.max_waiting_tokens,
+        )
+        self.outbox = LoopOutbox(asyncio.get_running_loop())
+        self._server: grpc.aio.Server | None = None
+        self._port = 0
+
+    @property
+    def port(self) -> int:
+        """The port that is bound."""
+        return self._port
+
+    async def bind(self) -> None:
+        """Answer on the port: UNAVAILABLE until `load` is done.
+
+        Raises:
+          ConfigError: the address cannot be bound.
+        """
+        listen = self.config.server
+        server = grpc.aio.server(
+            options=_options(self.config),
+            maximum_concurrent_rpcs=listen.max_concurrent_rpcs,
+        )
+        self._add_services(server)
+        address = f"{listen.host}:{listen.port}"
+        try:
+            self._port = server.add_insecure_port(address)
+        except RuntimeError as error:
+            raise ConfigError(f"cannot listen on {address}: {error}") from error
+        if not self._port:
+            raise ConfigError(f"cannot listen on {address}")
+        await server.start()
+        self._server = server
+
+    async def load(self) -> None:
+        """Load the model and compile its programs, off the event loop.
+
+        Raises:
+          JChameleonError: what is wrong with model, adapters or configuration.
+        """
+        self.state.ready(await asyncio.to_thread(self._open_llm))
+
+    async def stop(self, grace_s: float | None = None) -> None:
+        """Refuse new calls, give those that run `grace_s`, then end everything.
+
+        The engine is stopped last: what still runs is answered by it.
+        """
+        if self.state.phase != "dead":
+            self.state.phase = "draining"
+        if self._server is not None:
+            await self._server.stop(grace_s)
+        if self.state.llm is not None:
+            await asyncio.to_thread(self.state.llm.close)
+
+    def _open_llm(self) -> LLM:
+        config = self.config
+        engine = dataclasses.replace(
+            config.engine,
+            # The bound is counted at the edge; completions of one request over it pass.
+            max_waiting=config.limits.max_waiting_requests + MAX_N,
+        )
+        fields = {
+            field.name: getattr(engine, field.name)
+            for field in dataclasses.fields(engine)
+        }
+        return LLM(config.model, **fields)
+
+    def _add_services(self, server: grpc.aio.Server) -> None:
+        inference = InferenceService(
+            self.state.open_llm,
+            self.outbox,
+            self.admission,
+            SilentObserver(),
+        )
+        handlers = {
+            "Generate": unary(inference_pb2.GenerateRequest, inference.generate),
+            "GenerateStream": streaming(
+                inference_pb2.GenerateRequest,
+                inference.generate_stream,
+                stall_timeout_s=self.config.server.stall_timeout_s,
+            ),
+            "Tokenize": unary(inference_pb2.TokenizeRequest, inference.tokenize),
+        }
+        server.add_generic_rpc_handlers(
+            (grpc.method_handlers_generic_handler(INFERENCE_SERVICE, handlers),)
+        )
+
+
+def _options(config: ServerConfig) -> list[tuple[str, int]]:
+    """Return gRPC's channel arguments."""
+    listen = config.server
+    return [
+        ("grpc.max_receive_message_length", listen.max_message_bytes),
+        ("grpc.max_send_message_length", listen.max_reply_bytes),
+        # Two servers on one port would share its calls without a word.
+        ("grpc.so_reuseport", 0),
+        # Clients may ping through a long prefill; gRPC's default of 300 s would end
+        # their connections. vLLM's server allows the same.
+        ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+        ("grpc.keepalive_permit_without_calls", 1),
+        # A client that is gone without a word is found in 20 + 10 s.
+        ("grpc.keepalive_time_ms", 20_000),
+        ("grpc.keepalive_timeout_ms", 10_000),
+    ]
