@@ -173,7 +173,7 @@ class AdapterLifecycle:
         self, binding: Binding, card: AdapterCard, stats: AdapterStats
     ) -> AdapterInfo:
         size_bytes = self._layout.num_pages(card.rank) * self._page_bytes
-        host_bytes = card.num_bytes if self._host.holds(card.uid) else 0
+        host_bytes = self._host.held_bytes(card.uid)
         tier: AdapterTier = "host" if host_bytes else "disk"
         if stats.state == "resident":
             tier = "device"

@@ -41,6 +41,7 @@ from jchameleon.runtime.policy.presets import build_policies, load_policy
 from jchameleon.runtime.programs import host_params
 from jchameleon.runtime.records import StepRecord
 from jchameleon.runtime.setup import build_executor, start_engine
+from jchameleon.runtime.staging import choose_staging
 from jchameleon.runtime.transfer import emulated_link
 from jchameleon.sampling import SamplingParams
 
@@ -110,7 +111,7 @@ class LLM:
             self._executor,
             planner,
             log,
-            self._registry.get,
+            choose_staging(self._executor, self._host),
             self._registry,
         )
         self._caller = Caller(
@@ -161,7 +162,7 @@ class LLM:
         Raises:
           JChameleonError: a prompt, adapter or sampling value is wrong; nothing of the
             call has run then. A request that fails later is returned with
-            finish_reason "error".
+            finish_reason "error", and a `fault` that says what kind of reason it was.
         """
         call = self._caller.call(prompts, adapters, sampling, cache_salt)
         with self._open(call):
