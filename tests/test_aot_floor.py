@@ -80,7 +80,8 @@ def test_traffic_bar_holds_for_what_memory_bounds():
     decode = aot_floor.Floor(weights_bytes=100, flops=500)
     prefill = aot_floor.Floor(weights_bytes=100, flops=2000)
     assert decode.is_memory_bound(target) and not prefill.is_memory_bound(target)
-    assert aot_bars.traffic_faults("d", decode, 115, target) == []
-    [fault] = aot_bars.traffic_faults("d", decode, 117, target)
+    assert aot_bars.traffic_faults("decode[1]", decode, 115, target) == []
+    [fault] = aot_bars.traffic_faults("decode[1]", decode, 117, target)
     assert "moves 117 bytes, at most 115" in fault
-    assert aot_bars.traffic_faults("p", prefill, 1000, target) == []
+    assert aot_bars.traffic_faults("decode[9]", prefill, 1000, target) == []
+    assert aot_bars.traffic_faults("prefill[9]", decode, 1000, target) == []

@@ -85,7 +85,11 @@ def test_programs_move_little_more_than_the_floor_says(report):
         }
         assert all(moved.kernels.values())
         faults = aot_bars.traffic_faults(
-            program.name, floor, moved.moved_bytes, report.target
+            program.name,
+            floor,
+            moved.moved_bytes,
+            report.target,
+            model=report.shapes.model.name,
         )
         assert faults == []
 
