@@ -3,10 +3,12 @@
 import asyncio
 import contextlib
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
 import grpc
+import pytest
 from google.rpc import error_details_pb2, status_pb2
 
 from jchameleon.serving.proto.jchameleon.v1 import inference_pb2 as pb
@@ -101,3 +103,61 @@ def error_details(error: grpc.RpcError) -> dict[str, Any]:
                 packed.Unpack(detail)
                 found[kind] = detail
     return found
+
+
+def greedy(text: str = "hello", tokens: int = 12, **fields: Any) -> pb.GenerateRequest:
+    """Return a request whose tokens are always the same."""
+    return pb.GenerateRequest(
+        text=text,
+        sampling=pb.SamplingParams(temperature=0),
+        stopping=pb.StoppingCriteria(max_new_tokens=tokens, ignore_eos=True),
+        response=pb.ResponseOptions(token_ids=True),
+        **fields,
+    )
+
+
+def joined_ids(pieces: Any) -> list[int]:
+    """Return the token ids of a stream of one completion."""
+    return [i for piece in pieces for output in piece.outputs for i in output.token_ids]
+
+
+def check_baseline(running: RunningServer, *, timeout_s: float = 20.0) -> None:
+    """Assert that soon nothing is held: places, tokens, rows, pages, claims."""
+    llm, admission = running.server.state.llm, running.server.admission
+    end_s = time.monotonic() + timeout_s
+    while True:
+        stats = llm.stats()
+        held = {
+            "open": admission.open_requests,
+            "waiting tokens": admission.waiting_tokens,
+            "running": stats.running,
+            "waiting": stats.waiting,
+            "kv pages": stats.kv_pages,
+            "claims": sum(info.requests for info in llm.list_adapters()),
+            "streams": len(running.server.outbox.open_ids),
+        }
+        if not any(held.values()):
+            llm.engine.check()
+            return
+        assert time.monotonic() < end_s, held
+        time.sleep(0.01)
+
+
+@contextlib.contextmanager
+def neighbours(running: RunningServer, tokens: int = 150) -> Iterator[None]:
+    """Run two requests beside what happens inside; their tokens must not change."""
+    requests = [greedy("a neighbour", tokens), greedy("another one", tokens)]
+    expected = [joined_ids(running.stream(request)) for request in requests]
+    streams = [running.stream(request) for request in requests]
+    firsts = [next(stream) for stream in streams]
+    yield
+    for stream, first, ids in zip(streams, firsts, expected, strict=True):
+        assert joined_ids([first, *stream]) == ids
+    check_baseline(running)
+
+
+def refusal(call: Any) -> grpc.RpcError:
+    """Return the status that a call must end with."""
+    with pytest.raises(grpc.RpcError) as caught:
+        call()
+    return caught.value

@@ -59,7 +59,15 @@ MAY_IMPORT = {
     "runtime.policy": {"config"},
     "runtime": {"config", "sampling", "models", "lora", "pallas", "runtime.policy"},
     "sim": {"config", "runtime.policy"},
-    "serving": {"serving.proto", "config", "sampling", "runtime", "requests", "llm"},
+    "serving": {
+        "serving.proto",
+        "config",
+        "sampling",
+        "outputs",
+        "runtime",
+        "requests",
+        "llm",
+    },
     "serving.proto": set(),
     "client": {"serving.proto"},
     "outputs": {"runtime.outbox", "runtime.policy"},
@@ -235,12 +243,13 @@ def test_every_imported_package_is_a_declared_dependency():
     used -= {*sys.stdlib_module_names, "jchameleon"}
     # Where the name of the package is another: grpcio, and protobuf with the messages
     # of googleapis-common-protos.
-    renamed = {
+    names = {
         "grpc": "grpcio",
         "grpc_health": "grpcio_health_checking",
+        "grpc_reflection": "grpcio_reflection",
         "google": "protobuf",
     }
-    used = {renamed.get(one, one) for one in used}
+    used = {names.get(one, one) for one in used}
     assert used
     assert used <= declared | {"orbax"}
 

@@ -2,7 +2,7 @@
 
 import grpc
 import pytest
-from server_harness import error_details, running_server
+from server_harness import error_details, greedy, running_server
 
 from jchameleon.llm import LLM
 from jchameleon.sampling import SamplingParams
@@ -13,16 +13,6 @@ from jchameleon.serving.proto.jchameleon.v1 import inference_pb2 as pb
 def server():
     with running_server({}) as server:
         yield server
-
-
-def greedy(text="hello", tokens=12, **fields):
-    return pb.GenerateRequest(
-        text=text,
-        sampling=pb.SamplingParams(temperature=0),
-        stopping=pb.StoppingCriteria(max_new_tokens=tokens, ignore_eos=True),
-        response=pb.ResponseOptions(token_ids=True),
-        **fields,
-    )
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ Event loop only. Counted here, before tokenising: a queue that is bounded elsewh
 work pile up in front of it.
 """
 
+import asyncio
 import time
 from types import TracebackType
 from typing import Self
@@ -69,6 +70,7 @@ class Admission:
         self.waiting_tokens = 0
         self.refused = 0
         self._left_s: float | None = None
+        self._left = asyncio.Event()
         self._interval_s = LEAST_RETRY_S
 
     def enter(self, completions: int = 1) -> Ticket:
@@ -92,10 +94,17 @@ class Admission:
     def leave(self, completions: int) -> None:
         """Take places back; when the next one may follow is learnt from it."""
         self.open_requests -= completions
+        self._left.set()
         now_s = time.monotonic()
         if self._left_s is not None:
             self._interval_s += 0.1 * (now_s - self._left_s - self._interval_s)
         self._left_s = now_s
+
+    async def idle(self) -> None:
+        """Wait until no request is open."""
+        while self.open_requests:
+            self._left.clear()
+            await self._left.wait()
 
     def add_tokens(self, count: int) -> None:
         """See `Ticket.wait_with`."""

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import grpc
 from google.protobuf.message import DecodeError, Message
 
-from jchameleon.serving.status import StatusError, status_of
+from jchameleon.serving.status import StatusError, answer_to, status_of
 
 logger = logging.getLogger(__name__)
 
@@ -82,12 +82,7 @@ async def _answer(error: Exception, context: grpc.aio.ServicerContext) -> None:
     """End the call with the status of `error`."""
     if isinstance(error, grpc.aio.AbortError):
         raise error
-    status = status_of(error)
-    if status is None:
+    if status_of(error) is None:
         logger.error("a handler failed", exc_info=error)
-        status = StatusError(
-            grpc.StatusCode.INTERNAL,
-            "INTERNAL",
-            f"a fault of the server: {type(error).__name__}",
-        )
+    status = answer_to(error)
     await context.abort(status.code, status.message, status.metadata())

@@ -5,12 +5,12 @@ import contextlib
 import re
 import secrets
 from collections.abc import AsyncIterator, Callable
-from typing import Protocol
 
 import grpc
 
 from jchameleon.llm import LLM
 from jchameleon.requests import CallRequest
+from jchameleon.runtime.engine import Engine
 from jchameleon.runtime.outbox import Delta
 from jchameleon.serving.admission import Admission, Ticket
 from jchameleon.serving.convert import (
@@ -21,8 +21,9 @@ from jchameleon.serving.convert import (
     prompt_of,
     sampling_params,
 )
+from jchameleon.serving.observer import RequestObserver, RequestWatch
 from jchameleon.serving.proto.jchameleon.v1 import inference_pb2 as pb
-from jchameleon.serving.status import StatusError, invalid
+from jchameleon.serving.status import StatusError, answer_to, invalid
 from jchameleon.serving.streams import LoopOutbox, Stream
 
 SHORT_PROMPT = 1024
@@ -30,38 +31,6 @@ SHORT_PROMPT = 1024
 thread takes longer."""
 
 REQUEST_ID = re.compile(r"[!-~]{1,128}")
-
-
-class RequestObserver(Protocol):
-    """Hears what becomes of requests (event loop)."""
-
-    def started(self, adapter_id: str, prompt_tokens: int) -> None:
-        """A request was handed to the engine."""
-
-    def piece(self, num_tokens: int, *, first: bool) -> None:
-        """Output of a request has come."""
-
-    def finished(self, delta: Delta) -> None:
-        """A completion has ended; the delta is its last."""
-
-    def failed(self, code: grpc.StatusCode) -> None:
-        """A request was answered with a status other than OK."""
-
-
-class SilentObserver:
-    """Hears nothing."""
-
-    def started(self, adapter_id: str, prompt_tokens: int) -> None:
-        """See `RequestObserver`."""
-
-    def piece(self, num_tokens: int, *, first: bool) -> None:
-        """See `RequestObserver`."""
-
-    def finished(self, delta: Delta) -> None:
-        """See `RequestObserver`."""
-
-    def failed(self, code: grpc.StatusCode) -> None:
-        """See `RequestObserver`."""
 
 
 class InferenceService:
@@ -130,6 +99,8 @@ class InferenceService:
         self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator["_Run"]:
         """Hand a request to the engine; what still runs at the end is cancelled."""
+        watch = self._observer.opened(request.request_id)
+        code, reason = grpc.StatusCode.CANCELLED, ""  # unless it ends otherwise
         try:
             llm = self._llm()
             check_model(request.model, llm)
@@ -137,16 +108,19 @@ class InferenceService:
             with self._admission.enter(request.sampling.n) as ticket:
                 call = await self._prepare(llm, request, deadline_s)
                 async with _submitted(llm, call, self._outbox, ticket) as stream:
-                    adapter_id = request.adapter_id
                     prompt_tokens = len(call.submissions[0].prompt)
-                    self._observer.started(adapter_id, prompt_tokens)
+                    watch.admitted(call.request_id, request.adapter_id, prompt_tokens)
                     replies = Replies(request, call.request_id, call)
                     yield _Run(
-                        stream, replies, ticket, self._observer, context, deadline_s
+                        stream, replies, ticket, watch, context, deadline_s, llm.engine
                     )
-        except StatusError as error:
-            self._observer.failed(error.code)
+            code = grpc.StatusCode.OK
+        except Exception as error:
+            answer = answer_to(error)
+            code, reason = answer.code, answer.reason
             raise
+        finally:
+            watch.ended(code, reason)
 
     async def _prepare(
         self, llm: LLM, request: pb.GenerateRequest, deadline_s: float | None
@@ -233,14 +207,16 @@ class _Run:
         stream: Stream,
         replies: Replies,
         ticket: Ticket,
-        observer: RequestObserver,
+        watch: RequestWatch,
         context: grpc.aio.ServicerContext,
         deadline_s: float | None,
+        engine: Engine,
     ) -> None:
         self.replies = replies
         self._stream = stream
         self._ticket = ticket
-        self._observer = observer
+        self._watch = watch
+        self._engine = engine
         self._context = context
         self._has_deadline = deadline_s is not None
         self._aborted: str | None = None
@@ -250,19 +226,20 @@ class _Run:
 
         Raises:
           StatusError: one has failed, or the deadline has passed.
+          EngineDeadError: all have failed.
         """
-        first, left = True, len(self._stream.unfinished)
+        left = len(self._stream.unfinished)
         while left:
             deltas = await self._stream.get()
             self._ticket.started()
             for _, delta in deltas:
-                self._observer.piece(len(delta.token_ids), first=first)
-                first = False
+                self._watch.piece(len(delta.token_ids))
                 if delta.finish_reason is None:
                     continue
                 left -= 1
-                self._observer.finished(delta)
+                self._watch.finished(delta)
                 if delta.finish_reason == "error":
+                    self._engine.check_alive()  # a dead one ends all like this
                     raise failure(delta)
                 if delta.finish_reason == "time_limit" and self._is_late():
                     raise deadline_exceeded()

@@ -5,16 +5,21 @@ import dataclasses
 import logging
 
 import grpc
+from grpc_reflection.v1alpha import reflection
 
 from jchameleon.errors import ConfigError
 from jchameleon.llm import LLM
 from jchameleon.sampling import MAX_N
 from jchameleon.serving.admission import Admission
+from jchameleon.serving.compiles import CompileCounter
 from jchameleon.serving.guard import streaming, unary
-from jchameleon.serving.inference import InferenceService, SilentObserver
+from jchameleon.serving.health import HEALTH_SERVICE, Health
+from jchameleon.serving.inference import InferenceService
+from jchameleon.serving.observer import RequestObserver, Silence
 from jchameleon.serving.proto.jchameleon.v1 import inference_pb2
 from jchameleon.serving.settings import ServerConfig
-from jchameleon.serving.state import ServerState
+from jchameleon.serving.state import Phase, ServerState
+from jchameleon.serving.status import StatusError
 from jchameleon.serving.streams import LoopOutbox
 
 logger = logging.getLogger(__name__)
@@ -27,17 +32,27 @@ class Server:
 
     The port is bound first, so that a taken one is found at once and probes get an
     answer while the model loads.
+
+    Attributes:
+      health: live from `bind` on, ready once loaded.
+      compiles: what jax has compiled, in the whole process.
     """
 
-    def __init__(self, config: ServerConfig) -> None:
+    def __init__(
+        self, config: ServerConfig, observer: RequestObserver | None = None
+    ) -> None:
         """Nothing is bound or loaded yet."""
         self.config = config
+        self.health = Health((INFERENCE_SERVICE,))
+        self.compiles = CompileCounter()
+        self._observer = observer or Silence()
         self.state = ServerState()
         limits, engine = config.limits, config.engine
         self.admission = Admission(
             max_requests=limits.max_waiting_requests + engine.max_running,
             max_waiting_tokens=limits.max_waiting_tokens,
         )
+        self.outbox = LoopOutbox(asyncio.get_running_loop())
         self._server: grpc.aio.Server | None = None
         self._port = 0
 
@@ -75,16 +90,41 @@ class Server:
           JChameleonError: what is wrong with model, adapters or configuration.
         """
         self.state.ready(await asyncio.to_thread(self._open_llm))
+        self.compiles.warm()
+        self.health.set_ready(ready=self.state.phase == "ready")
+
+    def refuse(self, phase: Phase = "draining") -> None:
+        """Take no new requests any more; what runs goes on."""
+        if self.state.phase != "dead":
+            self.state.phase = phase
+        self.health.end()
 
     async def stop(self, grace_s: float | None = None) -> None:
         """Refuse new calls, give those that run `grace_s`, then end everything.
 
         The engine is stopped last: what still runs is answered by it.
         """
-        if self.state.phase != "dead":
-            self.state.phase = "draining"
+        await self.stop_calls(grace_s)
+        await self.close_engine()
+
+    async def stop_calls(
+        self, grace_s: float | None, error: StatusError | None = None
+    ) -> None:
+        """End the port and its calls.
+
+        Args:
+          grace_s: for replies that are on their way, or for calls that run on.
+          error: ends all requests with this status first.
+        """
+        self.refuse()
+        if error is not None:
+            self.outbox.fail_all(error)
         if self._server is not None:
             await self._server.stop(grace_s)
+
+    async def close_engine(self) -> None:
+        """Stop the engine, where there is one; it is waited for."""
+        self.compiles.close()
         if self.state.llm is not None:
             await asyncio.to_thread(self.state.llm.close)
 
@@ -104,9 +144,9 @@ class Server:
     def _add_services(self, server: grpc.aio.Server) -> None:
         inference = InferenceService(
             self.state.open_llm,
-            LoopOutbox(asyncio.get_running_loop()),
+            self.outbox,
             self.admission,
-            SilentObserver(),
+            self._observer,
         )
         handlers = {
             "Generate": unary(inference_pb2.GenerateRequest, inference.generate),
@@ -118,8 +158,13 @@ class Server:
             "Tokenize": unary(inference_pb2.TokenizeRequest, inference.tokenize),
         }
         server.add_generic_rpc_handlers(
-            (grpc.method_handlers_generic_handler(INFERENCE_SERVICE, handlers),)
+            (
+                grpc.method_handlers_generic_handler(INFERENCE_SERVICE, handlers),
+                self.health.handler(stall_timeout_s=self.config.server.stall_timeout_s),
+            )
         )
+        services = (INFERENCE_SERVICE, HEALTH_SERVICE, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(services, server)
 
 
 def _options(config: ServerConfig) -> list[tuple[str, int]]:

@@ -8,6 +8,7 @@ from typing import Any, Self
 
 from jchameleon.config import EngineConfig, check_keys, is_number, load_toml
 from jchameleon.errors import ConfigError
+from jchameleon.serving.logs import LOG_FORMATS, LogFormat
 
 DEFAULT_PORT = 50051
 DEFAULT_METRICS_PORT = 9464
@@ -31,6 +32,7 @@ class ListenConfig:
       step_timeout_s: an engine that has work and shows no progress for so long is
         reported as not serving.
       exit_when_stuck: end the process then, instead of waiting for the step.
+      log_format: of the lines on standard error, "json" or "text".
     """
 
     host: str = "127.0.0.1"
@@ -44,6 +46,7 @@ class ListenConfig:
     shutdown_timeout_s: float = 30.0
     step_timeout_s: float = 30.0
     exit_when_stuck: bool = False
+    log_format: LogFormat = "json"
 
     def __post_init__(self) -> None:
         if not isinstance(self.host, str) or not self.host:
@@ -66,6 +69,10 @@ class ListenConfig:
                     f"server.{field}={value!r} must be a positive, finite number"
                 )
         _check_switches("server", self, ("allow_insecure", "exit_when_stuck"))
+        if self.log_format not in LOG_FORMATS:
+            raise ConfigError(
+                f"server.log_format={self.log_format!r} must be 'json' or 'text'"
+            )
 
     @property
     def is_loopback(self) -> bool:
@@ -209,17 +216,30 @@ class ServerConfig:
         return cls(**parts)
 
     @classmethod
-    def load(cls, path: Path) -> Self:
+    def load(
+        cls, path: Path | None, *, overrides: Mapping[str, Any] | None = None
+    ) -> Self:
         """Read a TOML file; paths in it are relative to its folder.
+
+        Args:
+          path: None is an empty file.
+          overrides: a table of the same form, whose values go before the file's.
 
         Raises:
           ConfigError: it cannot be read, or a value is wrong.
         """
+        if path is None:
+            return cls.from_dict(overrides or {})
         table = load_toml(path)
         for part, field in _PATHS:
             section = table.get(part)
             if isinstance(section, dict) and isinstance(section.get(field), str):
                 section[field] = str(path.parent / section[field])
+        for part, value in (overrides or {}).items():
+            before = table.get(part)
+            if isinstance(before, dict) and isinstance(value, dict):
+                value = {**before, **value}
+            table[part] = value
         try:
             return cls.from_dict(table)
         except ConfigError as error:

@@ -131,6 +131,15 @@ def status_of(error: Exception) -> StatusError | None:
     return None
 
 
+def answer_to(error: Exception) -> StatusError:
+    """Return the status that a call ends with because of `error`."""
+    return status_of(error) or StatusError(
+        grpc.StatusCode.INTERNAL,
+        "INTERNAL",
+        f"a fault of the server: {type(error).__name__}",
+    )
+
+
 def _in_terms_of_the_request(message: str) -> tuple[str, str | None]:
     """Return a message, one line, with the request's own names, and its field."""
     message = " ".join(message.split())[:MAX_MESSAGE_CHARS]

@@ -8,6 +8,7 @@ import asyncio
 import collections
 
 from jchameleon.runtime.outbox import Delta, Outbox
+from jchameleon.serving.status import StatusError
 
 
 class Stream:
@@ -27,6 +28,7 @@ class Stream:
         self.unfinished = set(request_ids)
         self._waiting: dict[str, Delta] = {}
         self._reader: asyncio.Future[None] | None = None
+        self._failure: StatusError | None = None
 
     def put(self, request_id: str, delta: Delta) -> None:
         """Add a delta and wake the reader."""
@@ -34,6 +36,14 @@ class Stream:
         self._waiting[request_id] = delta if before is None else before.then(delta)
         if delta.finish_reason is not None:
             self.unfinished.discard(request_id)
+        self._wake()
+
+    def fail(self, error: StatusError) -> None:
+        """Let the reader raise `error`, now and whatever comes."""
+        self._failure = error
+        self._wake()
+
+    def _wake(self) -> None:
         if self._reader is not None and not self._reader.done():
             self._reader.set_result(None)
 
@@ -41,14 +51,19 @@ class Stream:
         """Wait for deltas; return all that wait, by place of the request in the call.
 
         One reader at a time.
+
+        Raises:
+          StatusError: that of `fail`.
         """
-        if not self._waiting:
+        if not self._waiting and self._failure is None:
             assert self.unfinished, "nothing will come any more"
             self._reader = asyncio.get_running_loop().create_future()
             try:
                 await self._reader
             finally:
                 self._reader = None
+        if self._failure is not None:
+            raise self._failure
         waiting, self._waiting = self._waiting, {}
         return [(self._places[name], delta) for name, delta in waiting.items()]
 
@@ -74,6 +89,19 @@ class LoopOutbox(Outbox):
             assert name not in self._streams, f"{name} is open"
             self._streams[name] = stream
         return stream
+
+    @property
+    def open_ids(self) -> list[str]:
+        """Requests that have a reader (event loop)."""
+        return list(self._streams)
+
+    def fail_all(self, error: StatusError) -> None:
+        """Let all open streams end with `error`, whatever the engine does (event loop).
+
+        Their readers cancel what still runs.
+        """
+        for stream in set(self._streams.values()):
+            stream.fail(error)
 
     def is_open(self, request_id: str) -> bool:
         """Return whether a request of this id has a reader (event loop)."""
