@@ -3,7 +3,8 @@
 import contextlib
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 
 class FlakyProxy:
@@ -24,7 +25,8 @@ class FlakyProxy:
         self._to_swallow = 0
         self._open: set[socket.socket] = set()
         self._lock = threading.Lock()
-        threading.Thread(target=self._accept, daemon=True).start()
+        self._threads: list[threading.Thread] = []
+        self._start(self._accept)
 
     def refuse(self, connections: int) -> None:
         """Close so many of the next connections at once."""
@@ -44,42 +46,54 @@ class FlakyProxy:
 
     def close(self) -> None:
         """Stop listening and lose everything."""
-        self._listener.close()
+        self._listener.shutdown(socket.SHUT_RDWR)  # wakes accept
         self.cut()
+        while self._threads:
+            self._threads.pop().join()
+        self._listener.close()
+
+    def _start(self, work: Callable[..., None], *args: Any) -> threading.Thread:
+        thread = threading.Thread(target=work, args=args, daemon=True)
+        self._threads.append(thread)
+        thread.start()
+        return thread
 
     def _accept(self) -> None:
         with contextlib.suppress(OSError):
             while True:
                 client, _ = self._listener.accept()
                 self.accepted += 1
-                if self._to_refuse:
-                    self._to_refuse -= 1
-                    client.close()
-                    continue
-                swallows = self._to_swallow > 0
-                self._to_swallow -= swallows
-                server = socket.create_connection(self._upstream)
+                self._start(self._serve, client)
+
+    def _serve(self, client: socket.socket) -> None:
+        refuses, swallows = self._to_refuse > 0, self._to_swallow > 0
+        self._to_refuse -= refuses
+        with client:
+            if refuses:
+                return
+            self._to_swallow -= swallows
+            with socket.create_connection(self._upstream) as server:
                 with self._lock:
                     self._open |= {client, server}
-                self._pump(client, server, until_answer=False)
-                self._pump(server, client, until_answer=swallows)
+                requests = self._start(pump, client, server, False)
+                pump(server, client, swallows)
+                requests.join()
+                with self._lock:
+                    self._open -= {client, server}
 
-    def _pump(
-        self, source: socket.socket, sink: socket.socket, *, until_answer: bool
-    ) -> None:
-        def run() -> None:
-            seen = b""
-            with contextlib.suppress(OSError):
-                while data := source.recv(1 << 16):
-                    seen += data if until_answer else b""
-                    if has_headers(seen):
-                        break
-                    sink.sendall(data)
-            for one in (source, sink):
-                with contextlib.suppress(OSError):
-                    one.shutdown(socket.SHUT_RDWR)
 
-        threading.Thread(target=run, daemon=True).start()
+def pump(source: socket.socket, sink: socket.socket, until_answer: bool) -> None:
+    """Pass bytes on until the source ends, or an answer begins; then end both."""
+    seen = b""
+    with contextlib.suppress(OSError):
+        while data := source.recv(1 << 16):
+            seen += data if until_answer else b""
+            if has_headers(seen):
+                break
+            sink.sendall(data)
+    for one in (source, sink):
+        with contextlib.suppress(OSError):
+            one.shutdown(socket.SHUT_RDWR)
 
 
 def has_headers(data: bytes) -> bool:
