@@ -225,7 +225,7 @@ async def _measure(
         "server_info": None if info is None else dataclasses.asdict(info),
         "device": None if info is None else info.device,
         "arrival_process": args.arrivals,
-        "request_rate": workload.rate_rps,
+        "request_rate": workload.rate_rps or (trace and trace.rate_rps),
         "popularity": args.popularity,
         "seed": args.seed,
         **build_report(
