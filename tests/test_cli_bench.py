@@ -67,12 +67,14 @@ def test_bench_with_failed_requests_says_why_and_ends_with_3(server, tmp_path, c
         server,
         *("--num-requests", 3, "--rate", "inf", "--adapters", "base"),
         *("--input-len", 4, "--output-len", 4, "--vocab-size", 1_000_000),
-        *("--plot", tmp_path / "none.svg"),
+        *("--plot", tmp_path / "none.svg", "--json", tmp_path / "report.json"),
     )
     out, _ = capsys.readouterr()
     assert code == 3
     assert "0 completed, 3 failed" in out and "INVALID_ARGUMENT" in out
     assert not (tmp_path / "none.svg").exists()
+    text = (tmp_path / "report.json").read_text()
+    assert json.loads(text)["request_rate"] == "inf" and "Infinity" not in text
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import asyncio
 import dataclasses
 import datetime
 import json
+import math
 import subprocess
 import sys
 from collections import Counter
@@ -217,7 +218,7 @@ async def _measure(
     report = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "args": {
-            name: str(value) if isinstance(value, Path) else value
+            name: _plain(value)
             for name, value in vars(args).items()
             if name not in ("run", "token_file")
         },
@@ -225,7 +226,7 @@ async def _measure(
         "server_info": None if info is None else dataclasses.asdict(info),
         "device": None if info is None else info.device,
         "arrival_process": args.arrivals,
-        "request_rate": workload.rate_rps or (trace and trace.rate_rps),
+        "request_rate": _plain(workload.rate_rps or (trace and trace.rate_rps)),
         "popularity": args.popularity,
         "seed": args.seed,
         **build_report(
@@ -287,6 +288,13 @@ class _Ticker:
         end = "\n" if last or not is_terminal else ""
         start = "\r\x1b[K" if is_terminal else ""
         print(start + line, end=end, file=sys.stderr, flush=True)
+
+
+def _plain(value: Any) -> Any:
+    """Return a value that JSON has; it has neither paths nor infinity."""
+    if isinstance(value, Path) or value == math.inf:
+        return str(value)
+    return value
 
 
 def _git_sha() -> str | None:
