@@ -1,7 +1,7 @@
 # Every target makes what it needs: a virtual environment of its own, rebuilt when
 # pyproject.toml changes. Set PYTHON to use another interpreter.
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format smoke-py312 test-gpu-aot test-gpu-aot-full \
+.PHONY: help demo serve-demo test lint format smoke-py312 test-gpu-aot test-gpu-aot-full \
 	bench-planner experiments clean
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -32,6 +32,7 @@ endef
 
 help:
 	@echo "make demo           one model answers through several LoRA adapters in one batch"
+	@echo "make serve-demo     the same model and adapters over gRPC, until Ctrl-C"
 	@echo "make test           all tests (Python 3.11 also runs the parity tests)"
 	@echo "make lint           ruff and mypy"
 	@echo "make format         rewrite the sources as the linter wants them"
@@ -65,6 +66,9 @@ help:
 
 demo: .venv-demo/.ready
 	@.venv-demo/bin/python tools/demo.py
+
+serve-demo: .venv-demo/.ready
+	@.venv-demo/bin/jchameleon serve configs/serve-demo.toml
 
 test: .venv-test/.ready
 	@.venv-test/bin/python -m pytest --numprocesses 2 --dist loadfile $(PYTEST_ARGS)

@@ -21,6 +21,7 @@ Prompt = str | Sequence[int]
 
 NEVER_RUN = Delta(
     finish_reason="aborted",
+    fault="cancelled",
     timing=RequestTiming(
         queue_s=0.0,
         adapter_load_s=0.0,
@@ -99,6 +100,7 @@ class Call:
                 prompt_logprobs=delta.prompt_logprobs,
                 finish_reason=delta.finish_reason,
                 error=delta.error,
+                fault=delta.fault,
                 timing=delta.timing,
             )
 
@@ -270,6 +272,7 @@ def _completion_output(index: int, whole: Delta) -> CompletionOutput:
         logprobs=whole.logprobs,
         finish_reason=whole.finish_reason,
         error=whole.error,
+        fault=whole.fault,
         timing=whole.timing,
     )
 

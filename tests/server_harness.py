@@ -11,6 +11,7 @@ import grpc
 import pytest
 from google.rpc import error_details_pb2, status_pb2
 
+from jchameleon.serving.observer import RequestObserver
 from jchameleon.serving.proto.jchameleon.v1 import inference_pb2 as pb
 from jchameleon.serving.server import Server
 from jchameleon.serving.settings import ServerConfig
@@ -27,19 +28,27 @@ class RunningServer:
       channel: a channel to it.
     """
 
-    def __init__(self, config: ServerConfig, *, loads: bool = True) -> None:
+    def __init__(
+        self,
+        config: ServerConfig,
+        *,
+        loads: bool = True,
+        observer: RequestObserver | None = None,
+    ) -> None:
         self.loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self.loop.run_forever, daemon=True)
         self._thread.start()
-        self.server = self.on_loop(self._make(config))
+        self.server = self.on_loop(self._make(config, observer))
         self.on_loop(self.server.bind())
         if loads:
             self.on_loop(self.server.load())
         self.target = f"127.0.0.1:{self.server.port}"
         self.channel = grpc.insecure_channel(self.target)
 
-    async def _make(self, config: ServerConfig) -> Server:
-        return Server(config)
+    async def _make(
+        self, config: ServerConfig, observer: RequestObserver | None
+    ) -> Server:
+        return Server(config, observer)
 
     def on_loop(self, coroutine: Any, timeout_s: float = 120.0) -> Any:
         """Run a coroutine on the server's loop and return its result."""

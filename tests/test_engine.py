@@ -10,7 +10,12 @@ from engine_harness import heard_compiles
 from random_adapters import write_random_adapter
 
 from jchameleon.config import EngineConfig, ModelConfig
-from jchameleon.errors import CapacityError, EngineDeadError, InvalidRequestError
+from jchameleon.errors import (
+    CapacityError,
+    DuplicateRequestError,
+    EngineDeadError,
+    InvalidRequestError,
+)
 from jchameleon.llm import LLM
 from jchameleon.lora.adapter import HostAdapter
 from jchameleon.models.loader import load_model
@@ -300,7 +305,7 @@ def test_duplicate_request_id_is_refused_while_in_flight(llm):
         )
 
     submit()
-    with pytest.raises(InvalidRequestError, match="'twice' is in flight"):
+    with pytest.raises(DuplicateRequestError, match="'twice' is in flight"):
         submit()
     llm._engine.cancel("twice")
     while outbox.get(timeout_s=30)[1].finish_reason is None:
@@ -366,8 +371,7 @@ class FailingTokenizer:
         raise ValueError("injected")
 
 
-def test_text_that_kills_the_engine_leaves_nobody_waiting():
-    """The request whose text fails is answered too, and so are all others."""
+def test_texts_that_all_fail_leave_nobody_waiting_and_the_engine_alive():
     loaded = load_model("tiny", dtype="float32")
     loaded = dataclasses.replace(loaded, tokenizer=FailingTokenizer())
     config = EngineConfig(**SMALL)
@@ -375,7 +379,7 @@ def test_text_that_kills_the_engine_leaves_nobody_waiting():
         loaded, config, *build_executor(loaded, config, ()), fetch=lambda uid: None
     )
     outboxes = []
-    for index, max_tokens in enumerate((3, 400, 400)):
+    for index, max_tokens in enumerate((3, 40, 40)):
         outboxes.append(Outbox())
         sampling = SamplingParams(max_tokens=max_tokens, ignore_eos=True)
         one = engine.prepare(
@@ -389,6 +393,9 @@ def test_text_that_kills_the_engine_leaves_nobody_waiting():
             finish_reason = delta.finish_reason
         assert finish_reason == "error" and "injected" in delta.error
         assert delta.timing is not None
+        assert delta.fault == "internal"
+    assert engine.heartbeat().alive and engine.heartbeat().open_requests == 0
+    assert engine.books().running == 0
     engine.close()
 
 
@@ -431,7 +438,7 @@ def test_close_answers_requests_that_the_engine_never_saw(adapter_dirs):
     results = []
     caller = threading.Thread(target=lambda: results.extend(llm.generate([[1]] * 3)))
     caller.start()
-    while len(llm._engine._open_ids) < 3:
+    while len(llm._engine._door._open_ids) < 3:
         time.sleep(0.001)
     llm._engine._closing = True
     leave.set()

@@ -97,12 +97,8 @@ class Executor:
         self._drawing = Drawing(model.vocab_size, self._device)
         self._scoring = Scoring(params, model.hidden_size)
         self._commit: Any = None
-        shape = (num_pages, layout.page_elems)
         try:
-            self._pools = [
-                jnp.zeros(shape, self._dtype, device=self._device)
-                for _ in range(model.num_layers)
-            ]
+            self._pools = self._empty_pools()
         except jax.errors.JaxRuntimeError as error:
             reason = str(error).splitlines()[0]
             raise ConfigError(
@@ -203,10 +199,37 @@ class Executor:
         logits, _ = self._run(rows, prefill=prefill)
         return np.asarray(logits).T[last_tiles(rows, prefill=prefill)]
 
+    def rebuild_pool(self) -> None:
+        """Put zeros in the place of a pool that a failed program may have taken.
+
+        Adapters stay in the books until they are evicted; the pages are empty.
+
+        Raises:
+          JaxRuntimeError: the device cannot hold it any more.
+        """
+        for pool in self._pools:  # a traceback may still refer to it
+            pool.delete()
+        self._pools = self._empty_pools()
+        jax.block_until_ready(self._pools)
+
+    def test_device(self) -> None:
+        """Run every step program without rows; raises what they raise."""
+        for (tile, num_tokens), step in self._steps.items():
+            batch = self._builder.build([], num_tokens, prefill=tile > 1)
+            logits, self._pools, _ = step(self._params.leaves, self._pools, batch)
+            logits.block_until_ready()
+
     def poison(self, pages: Sequence[int]) -> None:
         """Fill pages with NaN (tests: nothing may depend on what unused pages hold)."""
         index = np.asarray(pages, np.int32)
         self._pools = [pool.at[index].set(jnp.nan) for pool in self._pools]
+
+    def _empty_pools(self) -> list[jax.Array]:
+        shape = (self.num_pages, self.layout.page_elems)
+        return [
+            jnp.zeros(shape, self._dtype, device=self._device)
+            for _ in range(self.model.num_layers)
+        ]
 
     def _run(
         self, rows: Sequence[StepRow], *, prefill: bool

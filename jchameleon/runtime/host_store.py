@@ -12,7 +12,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 
-from jchameleon.errors import AdapterError
+from jchameleon.errors import AdapterError, AdapterReadError
 from jchameleon.lora.adapter import HostAdapter
 
 MOST_PATHS = 16
@@ -82,6 +82,7 @@ class HostStore:
 
         Raises:
           AdapterError: no path leads to this content any more; names paths and reasons.
+          AdapterReadError: one of them cannot be read now.
           KeyError: the uid was never put, or forgotten.
         """
         with self._lock:
@@ -153,6 +154,7 @@ class HostStore:
 
     def _read_any(self, uid: str, paths: tuple[str, ...]) -> HostAdapter:
         reasons = []
+        kind = AdapterError
         for path in paths:
             with self._lock:
                 self._disk_reads += 1
@@ -160,6 +162,8 @@ class HostStore:
                 adapter = self.read(path)
             except AdapterError as error:
                 reasons.append(str(error))
+                if isinstance(error, AdapterReadError):  # it may be there after all
+                    kind = AdapterReadError
                 continue
             if adapter.uid == uid:
                 return adapter
@@ -168,4 +172,4 @@ class HostStore:
                 f"{uid[:12]}: files of a registered adapter must not change; register "
                 "the new content under a new name or with replace=True"
             )
-        raise AdapterError("; ".join(reasons))
+        raise kind("; ".join(reasons))

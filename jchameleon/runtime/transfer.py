@@ -19,6 +19,7 @@ import numpy as np
 from jchameleon.config import EngineConfig
 from jchameleon.lora.adapter import HostAdapter
 from jchameleon.lora.layout import ChunkLayout
+from jchameleon.runtime.faults import Fault, load_fault
 
 logger = logging.getLogger(__name__)
 
@@ -73,12 +74,13 @@ class FinishedLoad:
     Attributes:
       uid: the adapter.
       pieces: what to commit; empty after a failure.
-      error: why it failed, or None.
+      error: why it failed, or None; fault: what kind of reason.
     """
 
     uid: str
     pieces: tuple[Piece, ...]
     error: str | None
+    fault: Fault = "internal"
 
 
 def piece_pages(layout: ChunkLayout) -> int:
@@ -183,6 +185,7 @@ class AdapterLoader:
                     uid=uid,
                     pieces=() if error else tuple(future.result()),
                     error=f"{type(error).__name__}: {error}" if error else None,
+                    fault="internal" if error is None else load_fault(error),
                 )
             )
         return finished

@@ -10,6 +10,8 @@ import time
 from collections.abc import Coroutine, Iterator
 from typing import Any, NoReturn
 
+import prometheus_client as prom
+
 from jchameleon.serving.engine_metrics import EngineCollector, MetricsEndpoint
 from jchameleon.serving.logs import LineWriter, log_event, start_logs
 from jchameleon.serving.metrics import Metrics
@@ -41,6 +43,7 @@ def run_server(config: ServerConfig) -> int:
     Raises:
       JChameleonError: nothing was served, and why.
     """
+    prom.disable_created_metrics()  # as many series again, which nobody reads
     logs = start_logs(config.server.log_format, sys.stderr)
     try:
         return asyncio.run(_Process(config, logs).run())

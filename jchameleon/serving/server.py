@@ -3,6 +3,7 @@
 import asyncio
 import dataclasses
 import logging
+from pathlib import Path
 
 import grpc
 from grpc_reflection.v1alpha import reflection
@@ -139,7 +140,11 @@ class Server:
             field.name: getattr(engine, field.name)
             for field in dataclasses.fields(engine)
         }
-        return LLM(config.model, **fields)
+        adapters = {
+            name: Path(config.adapters.root or "") / path
+            for name, path in config.adapters.preload.items()
+        }
+        return LLM(config.model, adapters=adapters, **fields)
 
     def _add_services(self, server: grpc.aio.Server) -> None:
         inference = InferenceService(
