@@ -12,7 +12,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import grpc
@@ -23,8 +22,6 @@ from jchameleon.serving.settings import ServerConfig
 
 ECHO_METHOD = "/bench.Echo/Stream"
 ENGINE_THREAD = "jchameleon-engine"
-POOLS = ("tf_", "xla", "XLA", "Tfrt", "pool")
-"""What names of threads begin with that run the model's programs."""
 
 
 def main() -> None:
@@ -49,24 +46,16 @@ def obey(**actions: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
 
 
 def cpu(order: dict[str, Any]) -> dict[str, float]:
-    """Return CPU seconds: of all, of the engine's thread, of the model's programs."""
-    engine_s = sum(
+    """Return CPU seconds: of everything, and of threads of Python but the engine's.
+
+    Those are the event loop and gRPC's poller; what is neither runs the model.
+    """
+    serving_s = sum(
         time.clock_gettime(time.pthread_getcpuclockid(thread.ident))
         for thread in threading.enumerate()
-        if thread.name == ENGINE_THREAD and thread.ident is not None
+        if thread.name != ENGINE_THREAD and thread.ident is not None
     )
-    ticks = 0
-    for task in Path("/proc/self/task").iterdir():
-        # Of proc(5): the name in brackets, then state; utime and stime are 12th and
-        # 13th after it.
-        head, _, tail = (task / "stat").read_text().rpartition(")")
-        if head.partition("(")[2].startswith(POOLS):
-            ticks += sum(map(int, tail.split()[11:13]))
-    return {
-        "process_s": time.process_time(),
-        "engine_s": engine_s,
-        "pools_s": ticks / os.sysconf("SC_CLK_TCK"),
-    }
+    return {"process_s": time.process_time(), "serving_s": serving_s}
 
 
 async def run_server(config: dict[str, Any]) -> None:
@@ -95,16 +84,20 @@ class Beat:
 
     def __init__(self) -> None:
         self._next: asyncio.Future[None] | None = None
+        self._struck_s = 0.0
 
     async def wait(self, interval_s: float) -> None:
         """Wait for the next beat; all who wait share it."""
         loop = asyncio.get_running_loop()
         if self._next is None:
             self._next = loop.create_future()
-            loop.call_later(interval_s, self._strike, self._next)
+            # From beat to beat, however long the streams took in between.
+            at_s = max(loop.time(), self._struck_s + interval_s)
+            loop.call_at(at_s, self._strike, self._next)
         await self._next
 
     def _strike(self, waited_for: "asyncio.Future[None]") -> None:
+        self._struck_s = asyncio.get_running_loop().time()
         self._next = None
         waited_for.set_result(None)
 
