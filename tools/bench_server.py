@@ -9,7 +9,7 @@ Throughput: requests for many adapters of a real model, all at once, through the
 and through the engine alone.
 
     python tools/bench_server.py --json out.json
-    python tools/bench_server.py --quick              # seconds; its figures mean nothing
+    python tools/bench_server.py --quick              # its figures mean nothing
 """
 
 import argparse
@@ -417,8 +417,8 @@ def print_report(report: Mapping[str, Any]) -> None:
     load = report["load_average"]
     print(
         f"medians of {settings['repeats']} rounds [spread]; machine: {machine['cpu']}, "
-        f"{machine['cores_in_use']} of {machine['cores']} cores, load {load:.1f} at the "
-        f"start{'' if load < 0.5 else ': it was NOT QUIET'}; "
+        f"{machine['cores_in_use']} of {machine['cores']} cores, load {load:.1f} at "
+        f"the start{'' if load < 0.5 else ': it was NOT QUIET'}; "
         f"{report['calibration']['gemm_gflops']:.0f} GFLOP/s, "
         f"{report['calibration']['read_gbps']:.1f} GB/s; versions: "
         + ", ".join(f"{k} {v}" for k, v in report["versions"].items() if v)

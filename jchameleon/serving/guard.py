@@ -97,7 +97,7 @@ class _Patience:
         self._began_s = None
 
     def is_over(self) -> bool:
-        """Return whether the cancellation that has come is of here, and of none else."""
+        """Return whether what has cancelled the task is this, and nothing else."""
         assert self._task is not None
         return self._has_cancelled and self._task.uncancel() == 0
 
