@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from jchameleon import __version__
-from jchameleon.cli import adapters, export, generate, info, replay, serve
+from jchameleon.cli import adapters, bench, export, generate, info, replay, serve
 from jchameleon.errors import JChameleonError
 
 
@@ -53,6 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     info.add_command(commands)
     export.add_command(commands)
     adapters.add_command(commands)
+    bench.add_command(commands)
     replay.add_command(commands)
     return parser
 

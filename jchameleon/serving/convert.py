@@ -145,8 +145,11 @@ class Replies:
             if delta.prompt_logprobs is not None:
                 reply.prompt_info.prompt_tokens = len(self._prompt)
                 _add_logprobs(reply.prompt_info.logprobs, delta.prompt_logprobs)
-            output = reply.outputs.add(index=index)
-            if self._has_text:
+            output = reply.outputs.add()
+            # What is set costs time for every token; 0 and nothing are set already.
+            if index:
+                output.index = index
+            if self._has_text and delta.text:
                 output.text = delta.text
             if self._has_ids:
                 output.token_ids.extend(delta.token_ids)
