@@ -20,6 +20,30 @@ from jchameleon.runtime.leases import Binding
 from jchameleon.runtime.policy.residency import AdapterStats
 
 
+class AdapterDrain:
+    """What a name stood for when it was unregistered, until nobody uses it any more.
+
+    What is registered under the name later is another matter.
+    """
+
+    def __init__(
+        self, registry: AdapterRegistry, name: str, bindings: list[Binding]
+    ) -> None:
+        """Of `AdapterLifecycle.begin_unregister`."""
+        self._registry = registry
+        self._name = name
+        self._bindings = bindings
+
+    def wait(self, timeout_s: float | None) -> None:
+        """Wait until it is gone; any number of times.
+
+        Raises:
+          AdapterBusyError: requests are left after `timeout_s`; says how many.
+          EngineDeadError: the engine has ended.
+        """
+        self._registry.wait_until_gone(self._name, self._bindings, timeout_s)
+
+
 class AdapterLifecycle:
     """Registry, host store and engine as one; safe to use from several threads."""
 
@@ -89,12 +113,16 @@ class AdapterLifecycle:
 
     def unregister(self, name: str, *, timeout_s: float | None, force: bool) -> None:
         """See `LLM.unregister_adapter`."""
-        _check_switch("force", force)
         if timeout_s is not None and not (is_number(timeout_s) and timeout_s >= 0):
             raise InvalidRequestError(
                 f"timeout_s={timeout_s!r} must be None or a number of seconds, at "
                 "least 0"
             )
+        self.begin_unregister(name, force=force).wait(timeout_s)
+
+    def begin_unregister(self, name: str, *, force: bool) -> "AdapterDrain":
+        """See `LLM.begin_unregister`."""
+        _check_switch("force", force)
         registry = self._registry
         self._engine.check_alive()
         with self._changes:
@@ -110,7 +138,7 @@ class AdapterLifecycle:
             reason = f"adapter {name!r} was unregistered"
             for request_id in registry.revoke(drains, reason):
                 self._engine.cancel(request_id)
-        registry.wait_until_gone(name, drains, timeout_s)
+        return AdapterDrain(registry, name, drains)
 
     def pin(self, name: str) -> None:
         """See `LLM.pin_adapter`."""

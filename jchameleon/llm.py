@@ -4,17 +4,16 @@ with LLM(model="smollm2-135m", adapters={"json": "path/to/peft_dir"}) as llm:
     outputs = llm.generate(["Hi", "Hello"], adapters=["json", None])
 """
 
-import contextlib
 import dataclasses
 import functools
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from jchameleon.config import EngineConfig
 from jchameleon.errors import ConfigError, InvalidRequestError, JChameleonError
-from jchameleon.lifecycle import AdapterLifecycle
+from jchameleon.lifecycle import AdapterDrain, AdapterLifecycle
 from jchameleon.lora.adapter import AdapterCard
 from jchameleon.lora.peft import load_peft_adapter
 from jchameleon.models.chat import ChatTemplate
@@ -32,7 +31,7 @@ from jchameleon.outputs import (
     RequestDelta,
     RequestOutput,
 )
-from jchameleon.requests import Call, Caller, CallRequest, Prompt, RequestStream
+from jchameleon.requests import Caller, CallRequest, Prompt, RequestStream
 from jchameleon.runtime.adapters import AdapterRegistry
 from jchameleon.runtime.engine import Engine
 from jchameleon.runtime.host_store import HostStore
@@ -58,6 +57,7 @@ class LLM:
         model: str | Path | LoadedModel = "smollm2-135m",
         *,
         adapters: Mapping[str, str | Path] | None = None,
+        adapter_root: str | Path | None = None,
         **options: Any,
     ):
         """Load the model and adapters, compile all programs, start the engine.
@@ -66,6 +66,7 @@ class LLM:
           model: preset name, GGUF file, or directory in Hugging Face's form or as
             `save` writes it; or what `load_model` returned for the same dtype.
           adapters: name -> PEFT directory.
+          adapter_root: no file of an adapter outside this folder is ever opened.
           options: fields of `EngineConfig`.
 
         Raises:
@@ -95,7 +96,10 @@ class LLM:
         self._source = loaded.source
         self._host = HostStore(
             functools.partial(
-                load_peft_adapter, model=loaded.config, max_rank=config.max_lora_rank
+                load_peft_adapter,
+                model=loaded.config,
+                max_rank=config.max_lora_rank,
+                root=None if adapter_root is None else Path(adapter_root),
             ),
             budget_bytes=config.host_cache_bytes,
         )
@@ -117,7 +121,6 @@ class LLM:
         self._caller = Caller(
             self._engine, self._registry, self.tokenizer, self.model_config.name
         )
-        self._calls: dict[str, Call] = {}
         try:
             self._adapters = AdapterLifecycle(
                 self._registry, self._host, self._engine, self._executor
@@ -165,7 +168,7 @@ class LLM:
             finish_reason "error", and a `fault` that says what kind of reason it was.
         """
         call = self._caller.call(prompts, adapters, sampling, cache_salt)
-        with self._open(call):
+        with self._caller.opened(call):
             return call.outputs()
 
     def stream(
@@ -184,7 +187,7 @@ class LLM:
         call = self._caller.call(prompts, adapters, sampling, cache_salt)
 
         def deltas() -> Generator[RequestDelta, None, None]:
-            with self._open(call):
+            with self._caller.opened(call):
                 yield from call.deltas()
 
         return RequestStream(deltas(), call.submissions)
@@ -213,11 +216,7 @@ class LLM:
 
     def cancel(self, request_id: str) -> None:
         """End a request as "aborted", all its completions; unknown ids are ignored."""
-        call = self._calls.get(request_id) if isinstance(request_id, str) else None
-        if call is None:
-            self._engine.cancel(request_id)
-        else:
-            call.cancel(request_id)
+        self._caller.cancel(request_id)
 
     def register_adapter(
         self,
@@ -284,6 +283,10 @@ class LLM:
           AdapterBusyError: requests are left after `timeout_s`; says how many.
         """
         self._adapters.unregister(name, timeout_s=timeout_s, force=force)
+
+    def begin_unregister(self, name: str, *, force: bool = False) -> AdapterDrain:
+        """Do as `unregister_adapter`; return what to wait for instead of waiting."""
+        return self._adapters.begin_unregister(name, force=force)
 
     def pin_adapter(self, name: str) -> None:
         """Keep an adapter on the device from now on; it is loaded if it is not there.
@@ -444,14 +447,3 @@ class LLM:
     @property
     def _page_bytes(self) -> int:
         return self._executor.pool_bytes // self._executor.num_pages
-
-    @contextlib.contextmanager
-    def _open(self, call: Call) -> Iterator[None]:
-        """Let `cancel` find the requests of a call while it runs."""
-        calls = {request.request_id: call for request in call.requests}
-        self._calls.update(calls)
-        try:
-            yield
-        finally:
-            for request_id in calls:
-                del self._calls[request_id]

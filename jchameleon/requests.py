@@ -183,6 +183,7 @@ class Caller:
         self._tokenizer = tokenizer
         self._model_name = model_name
         self._ids = itertools.count()
+        self._open: dict[str, Call] = {}
 
     def call(
         self,
@@ -250,6 +251,25 @@ class Caller:
             )
             on_error.pop_all()
         return CallRequest(adapter=adapter, submissions=submissions)
+
+    @contextlib.contextmanager
+    def opened(self, call: Call) -> Iterator[None]:
+        """Let `cancel` find the requests of a call while it runs."""
+        calls = {request.request_id: call for request in call.requests}
+        self._open.update(calls)
+        try:
+            yield
+        finally:
+            for request_id in calls:
+                del self._open[request_id]
+
+    def cancel(self, request_id: str) -> None:
+        """See `LLM.cancel`."""
+        call = self._open.get(request_id) if isinstance(request_id, str) else None
+        if call is None:
+            self._engine.cancel(request_id)
+        else:
+            call.cancel(request_id)
 
     def _encoded(self, prompt: Prompt) -> Sequence[int]:
         if not isinstance(prompt, str):

@@ -43,11 +43,16 @@ _LARGEST = float(ml_dtypes.finfo(ml_dtypes.bfloat16).max)
 
 
 def load_peft_adapter(
-    path: str | os.PathLike[str], model: ModelConfig, *, max_rank: int
+    path: str | os.PathLike[str],
+    model: ModelConfig,
+    *,
+    max_rank: int,
+    root: Path | None = None,
 ) -> HostAdapter:
     """Read and check the PEFT directory `path` for `model`.
 
-    Returns factors in the dtype of the file (float32, float16 or bfloat16).
+    Nothing outside `root` is opened, if one is given. Returns factors in the dtype of
+    the file (float32, float16 or bfloat16).
 
     Raises:
       AdapterError: PEFT would apply the adapter otherwise than `HostAdapter` can say,
@@ -57,16 +62,16 @@ def load_peft_adapter(
     """
     directory = Path(path)
     try:
-        modules = _load_modules(directory, model, max_rank)
+        modules = _load_modules(directory, model, max_rank, root)
         return HostAdapter.build(modules, source=str(directory))
     except AdapterError as error:
         raise type(error)(f"adapter {str(directory)!r}: {error}") from error
 
 
 def _load_modules(
-    directory: Path, model: ModelConfig, max_rank: int
+    directory: Path, model: ModelConfig, max_rank: int, root: Path | None
 ) -> dict[ModuleKey, LoraPair]:
-    settings = parse_config(_read_config(directory))
+    settings = parse_config(_read_config(directory, root))
     ranks_and_scales = _expected_modules(settings, model, max_rank)
     weights = directory / WEIGHTS_NAME
     if not os.path.lexists(weights) and os.path.lexists(directory / PICKLE_NAME):
@@ -80,7 +85,9 @@ def _load_modules(
         * model.num_layers
         * sum(sum(model.projection_shape(projection)) for projection in PROJECTIONS)
     )
-    tensors = read_safetensors(weights, max_bytes=8 + MAX_HEADER_BYTES + most_bytes)
+    tensors = read_safetensors(
+        weights, max_bytes=8 + MAX_HEADER_BYTES + most_bytes, root=root
+    )
     factors = _sort_tensors(tensors)
     linear = linear_modules(model)
     _check_same_modules(factors, ranks_and_scales, linear, model)
@@ -104,14 +111,16 @@ def _load_modules(
     return modules
 
 
-def _read_config(directory: Path) -> dict[str, Any]:
+def _read_config(directory: Path, root: Path | None) -> dict[str, Any]:
     try:
         present = directory.is_dir()
     except (OSError, ValueError) as error:
         raise read_failure("the directory", error) from error
     if not present:
         raise AdapterError("there is no such directory")
-    file, file_bytes = open_regular(directory / CONFIG_NAME, max_bytes=MAX_CONFIG_BYTES)
+    file, file_bytes = open_regular(
+        directory / CONFIG_NAME, max_bytes=MAX_CONFIG_BYTES, root=root
+    )
     with file:
         data = bytearray(file_bytes)
         read_exactly(file, memoryview(data), name=CONFIG_NAME)

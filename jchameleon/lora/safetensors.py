@@ -19,6 +19,7 @@ import ml_dtypes
 import numpy as np
 
 from jchameleon.errors import AdapterError, AdapterReadError
+from jchameleon.lora.below import open_below
 
 MAX_HEADER_BYTES = 100_000_000
 """Longest header that the format's own implementation reads."""
@@ -75,18 +76,26 @@ def read_failure(what: str, error: OSError | ValueError) -> AdapterError:
     return AdapterError(message)
 
 
-def open_regular(path: Path, *, max_bytes: int) -> tuple[BinaryIO, int]:
+def open_regular(
+    path: Path, *, max_bytes: int, root: Path | None = None
+) -> tuple[BinaryIO, int]:
     """Open a regular file for reading; return it and its size in bytes.
 
     A pipe or device is refused without waiting for its other end.
 
+    Args:
+      root: nothing outside this folder is opened; None trusts the path.
+
     Raises:
-      AdapterError: missing, no regular file, or over `max_bytes`.
+      AdapterError: missing, no regular file, over `max_bytes` or outside `root`.
       AdapterReadError: it is there and cannot be read now.
     """
     try:
-        # O_NONBLOCK: opening a FIFO would otherwise wait for a writer.
-        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        if root is not None:
+            fd = open_below(root, path)
+        else:
+            # O_NONBLOCK: opening a FIFO would otherwise wait for a writer.
+            fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except (OSError, ValueError) as error:
         raise read_failure(path.name, error) from error
     status = os.fstat(fd)
@@ -185,8 +194,10 @@ def parse_header(
     return {key: entries[key] for key in order}
 
 
-def read_safetensors(path: Path, *, max_bytes: int) -> dict[str, np.ndarray]:
-    """Read every tensor of a safetensors file, in file order.
+def read_safetensors(
+    path: Path, *, max_bytes: int, root: Path | None = None
+) -> dict[str, np.ndarray]:
+    """Read every tensor of a safetensors file, in file order; `root` as `open_regular`.
 
     Returns read-only arrays that share one buffer.
 
@@ -194,7 +205,7 @@ def read_safetensors(path: Path, *, max_bytes: int) -> dict[str, np.ndarray]:
       AdapterError: the file is not exactly what the format says, holds a dtype that is
         none of `DTYPES`, or is larger than `max_bytes`.
     """
-    file, file_bytes = open_regular(path, max_bytes=max_bytes)
+    file, file_bytes = open_regular(path, max_bytes=max_bytes, root=root)
     with file:
         prefix = bytearray(8)
         if file_bytes < 8:

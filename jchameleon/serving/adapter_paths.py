@@ -61,10 +61,6 @@ class AdapterRoot:
             self._check_file(source_path, os.path.join(folder, name))
         return Path(folder)
 
-    def relative(self, folder: str) -> str:
-        """Return a resolved folder as a path below the root."""
-        return os.path.relpath(folder, self._root)
-
     def _holds(self, path: str) -> bool:
         return os.path.commonpath((self._root, path)) == self._root
 

@@ -1,32 +1,24 @@
 """AdapterService: adapters that come and go while requests run."""
 
-import asyncio
-import concurrent.futures
-import functools
-import logging
 import time
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import grpc
 
-from jchameleon.errors import AdapterBusyError, ConfigError, JChameleonError
+from jchameleon.config import PROJECTIONS
+from jchameleon.errors import AdapterBusyError
 from jchameleon.llm import LLM
 from jchameleon.outputs import AdapterInfo
-from jchameleon.serving.adapter_paths import AdapterRoot, check_adapter_id
+from jchameleon.serving.adapter_paths import check_adapter_id
 from jchameleon.serving.catalog import AdapterCatalog, CatalogEntry
 from jchameleon.serving.convert import check_deadline, deadline_exceeded
-from jchameleon.serving.manifest import Manifest, ManifestEntry
 from jchameleon.serving.proto.jchameleon.v1 import adapter_pb2 as pb
-from jchameleon.serving.settings import AdapterConfig
+from jchameleon.serving.registrar import AdapterRegistrar
 from jchameleon.serving.status import StatusError, invalid
 
-logger = logging.getLogger(__name__)
-
 MAX_PAGE = 1000
-DRAIN_POLL_S = 0.5
-"""How often an UnregisterAdapter that waits looks whether its caller is still there."""
+ANSWER_S = 0.1
+"""What is left of a deadline when waiting ends: enough to answer in time."""
 
 STATES = {
     "disk": pb.ADAPTER_STATE_REGISTERED,
@@ -37,88 +29,26 @@ STATES = {
 
 
 class AdapterService:
-    """Life cycle of adapters; event loop only, work on threads of its own."""
+    """Answers about adapters and has them changed; event loop only."""
 
     def __init__(
         self,
-        config: AdapterConfig,
-        root: AdapterRoot | None,
+        registrar: AdapterRegistrar,
         catalog: AdapterCatalog,
         llm: Callable[[], LLM],
+        *,
+        dynamic: bool,
     ) -> None:
         """Create the service.
 
         Args:
-          root: None where no adapters are served.
           llm: returns the model, or raises the StatusError that says why not now.
+          dynamic: adapters may be registered and unregistered.
         """
-        self._config = config
-        self._root = root
+        self._registrar = registrar
         self._catalog = catalog
         self._llm = llm
-        self._manifest = None if config.manifest is None else Manifest(config.manifest)
-        # Reading an adapter takes long; tokenising must not wait for that.
-        self._threads = concurrent.futures.ThreadPoolExecutor(
-            8, thread_name_prefix="jchameleon-adapters"
-        )
-        self._changes = asyncio.Lock()  # one at a time: limits are counted before
-
-    def close(self) -> None:
-        """Start nothing more."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
-
-    # What a server starts with.
-
-    def configured(self) -> dict[str, Path]:
-        """Return the folders of the adapters that the configuration names, by id.
-
-        Raises:
-          ConfigError: an id or path is not allowed; AdapterError: it is no adapter.
-        """
-        folders = {}
-        for adapter_id, path in self._config.preload.items():
-            assert self._root is not None, "checked with the configuration"
-            try:
-                check_adapter_id(adapter_id)
-                folders[adapter_id] = self._root.resolve(path)
-            except StatusError as error:
-                raise ConfigError(f"adapters.preload: {error.message}") from error
-        return folders
-
-    async def start(self, llm: LLM) -> None:
-        """Take over a model with the configured adapters; register remembered ones.
-
-        A remembered one that is no good any more is listed as FAILED and not served.
-
-        Raises:
-          ConfigError: there is no good manifest.
-        """
-        for info in await self._on_thread(llm.list_adapters):
-            self._note(info, self._config.preload[info.name])
-        if self._manifest is None:
-            return
-        for entry in await self._on_thread(self._manifest.read):
-            if entry.adapter_id in self._catalog.entries:
-                continue  # configured by now
-            try:
-                await self._register(
-                    llm,
-                    entry.adapter_id,
-                    entry.source_path,
-                    pin=entry.pinned,
-                    expected_uid=entry.uid,
-                )
-            except (JChameleonError, StatusError) as error:
-                logger.error("adapter %s is not served: %s", entry.adapter_id, error)
-                self._catalog.entries[entry.adapter_id] = CatalogEntry(
-                    source_path=entry.source_path,
-                    uid=entry.uid,
-                    registered_s=time.time(),
-                    failure=str(error),
-                    pinned=entry.pinned,
-                )
-
-    # Methods.
+        self._dynamic = dynamic
 
     async def register_adapter(
         self, request: pb.RegisterAdapterRequest, context: grpc.aio.ServicerContext
@@ -132,24 +62,14 @@ class AdapterService:
             return pb.RegisterAdapterResponse(
                 adapter=await self._validate(llm, request)
             )
-        async with self._changes:
-            known = self._catalog.entries
-            if adapter_id not in known and len(known) >= self._config.max_adapters:
-                raise StatusError(
-                    grpc.StatusCode.RESOURCE_EXHAUSTED,
-                    "TOO_MANY_ADAPTERS",
-                    f"{len(known)} adapters are registered; max_adapters="
-                    f"{self._config.max_adapters} allows no more",
-                )
-            info = await self._register(
-                llm,
-                adapter_id,
-                request.source_path,
-                replace=request.replace,
-                pin=request.pin,
-                expected_uid=request.expected_uid or None,
-            )
-            await self._remember()
+        info = await self._registrar.register(
+            llm,
+            adapter_id,
+            request.source_path,
+            replace=request.replace,
+            pin=request.pin,
+            expected_uid=request.expected_uid or None,
+        )
         return pb.RegisterAdapterResponse(adapter=self._message(adapter_id, info))
 
     async def unregister_adapter(
@@ -158,18 +78,19 @@ class AdapterService:
         """Forget an adapter once its requests have ended."""
         llm = self._llm()
         self._check_dynamic()
-        adapter_id = request.adapter_id
-        check_adapter_id(adapter_id)
+        check_adapter_id(request.adapter_id)
         left_s = check_deadline(context)
-        end_s = None if left_s is None else time.monotonic() + left_s
-        last = await self._find(llm, adapter_id)
-        entry = self._catalog.entries.pop(adapter_id, None)
-        if entry is not None:
-            await self._remember()
-        if entry is None or entry.failure is None or last is not None:
-            await self._drain(llm, adapter_id, force=request.force, end_s=end_s)
+        end_s = None if left_s is None else time.monotonic() + left_s - ANSWER_S
+        last, entry, drain = await self._registrar.begin_unregister(
+            llm, request.adapter_id, force=request.force
+        )
+        if drain is not None:
+            try:
+                await self._registrar.wait(drain, end_s)
+            except AdapterBusyError:
+                raise deadline_exceeded() from None
         return pb.UnregisterAdapterResponse(
-            adapter=self._message(adapter_id, last, entry)
+            adapter=self._message(request.adapter_id, last, entry)
         )
 
     async def get_adapter(
@@ -189,7 +110,7 @@ class AdapterService:
             raise invalid(
                 "page_size", f"page_size={request.page_size} must be at most {MAX_PAGE}"
             )
-        found = await self._all(self._llm())
+        found = await self._registrar.by_id(self._llm())
         names = sorted(
             name
             for name in {*found, *self._catalog.entries}
@@ -208,11 +129,7 @@ class AdapterService:
         """Load an adapter and keep it on the device."""
         llm, adapter_id = self._llm(), request.adapter_id
         check_adapter_id(adapter_id)
-        async with self._changes:
-            await self._check_pin_budget(llm, await self._current(llm, adapter_id))
-            self._catalog.check(adapter_id)
-            await self._on_thread(llm.pin_adapter, adapter_id)
-            await self._note_pin(adapter_id, pinned=True)
+        await self._registrar.pin(llm, adapter_id)
         return pb.PinAdapterResponse(adapter=await self._current(llm, adapter_id))
 
     async def unpin_adapter(
@@ -221,15 +138,11 @@ class AdapterService:
         """Let an adapter be evicted again."""
         llm, adapter_id = self._llm(), request.adapter_id
         check_adapter_id(adapter_id)
-        async with self._changes:
-            await self._on_thread(llm.unpin_adapter, adapter_id)
-            await self._note_pin(adapter_id, pinned=False)
+        await self._registrar.unpin(llm, adapter_id)
         return pb.UnpinAdapterResponse(adapter=await self._current(llm, adapter_id))
 
-    # Steps of them.
-
     def _check_dynamic(self) -> None:
-        if not self._config.dynamic:
+        if not self._dynamic:
             raise StatusError(
                 grpc.StatusCode.FAILED_PRECONDITION,
                 "ADAPTERS_ARE_FIXED",
@@ -237,57 +150,12 @@ class AdapterService:
                 "with",
             )
 
-    async def _register(
-        self,
-        llm: LLM,
-        adapter_id: str,
-        source_path: str,
-        *,
-        replace: bool = False,
-        pin: bool = False,
-        expected_uid: str | None = None,
-    ) -> AdapterInfo:
-        assert self._root is not None, "checked with the configuration"
-        folder = await self._on_thread(self._root.resolve, source_path)
-        entry = self._catalog.entries.get(adapter_id)
-        has_failed = entry is not None and entry.failure is not None
-        if pin or (entry is not None and entry.pinned and replace):
-            card = await self._on_thread(llm.validate_adapter, adapter_id, folder)
-            await self._check_pin_budget(
-                llm,
-                pb.Adapter(
-                    adapter_id=adapter_id, size_bytes=llm.adapter_bytes(card.rank)
-                ),
-            )
-        info = await self._on_thread(
-            llm.register_adapter,
-            adapter_id,
-            folder,
-            # What has failed stands in nobody's way.
-            replace=replace or has_failed,
-            pin=pin,
-            expected_uid=expected_uid,
-        )
-        if entry is None or entry.uid != info.uid or has_failed:
-            self._note(info, source_path)
-        else:
-            entry.pinned = info.pinned
-        return info
-
-    def _note(self, info: AdapterInfo, source_path: str) -> None:
-        self._catalog.entries[info.name] = CatalogEntry(
-            source_path=source_path,
-            uid=info.uid,
-            registered_s=time.time(),
-            pinned=info.pinned,
-        )
-
     async def _validate(
         self, llm: LLM, request: pb.RegisterAdapterRequest
     ) -> pb.Adapter:
-        assert self._root is not None, "checked with the configuration"
-        folder = await self._on_thread(self._root.resolve, request.source_path)
-        card = await self._on_thread(llm.validate_adapter, request.adapter_id, folder)
+        card = await self._registrar.validate(
+            llm, request.adapter_id, request.source_path
+        )
         if request.expected_uid not in ("", card.uid):
             raise StatusError(
                 grpc.StatusCode.DATA_LOSS,
@@ -300,72 +168,12 @@ class AdapterService:
             uid=card.uid,
             source_path=request.source_path,
             rank=card.rank,
-            target_modules=sorted(card.targets),
+            target_modules=[p for p in PROJECTIONS if p in card.targets],
             size_bytes=llm.adapter_bytes(card.rank),
         )
 
-    async def _drain(
-        self, llm: LLM, adapter_id: str, *, force: bool, end_s: float | None
-    ) -> None:
-        """Unregister, and wait in pieces: a caller that leaves is not waited for."""
-        while True:
-            wait_s = DRAIN_POLL_S
-            if end_s is not None:
-                wait_s = min(wait_s, max(0.0, end_s - time.monotonic() - 0.05))
-            try:
-                await self._on_thread(
-                    llm.unregister_adapter, adapter_id, timeout_s=wait_s, force=force
-                )
-                return
-            except AdapterBusyError:
-                if end_s is not None and time.monotonic() >= end_s - 0.1:
-                    raise deadline_exceeded() from None
-
-    async def _check_pin_budget(self, llm: LLM, adapter: pb.Adapter) -> None:
-        most = self._config.max_pinned_bytes
-        if most is None or adapter.pinned:
-            return
-        infos = await self._on_thread(llm.list_adapters)
-        others = {
-            info.uid: info.size_bytes
-            for info in infos
-            if info.pinned and info.name != adapter.adapter_id
-        }
-        if sum(others.values()) + adapter.size_bytes > most:
-            raise StatusError(
-                grpc.StatusCode.RESOURCE_EXHAUSTED,
-                "PIN_BUDGET",
-                f"adapter {adapter.adapter_id!r} takes {adapter.size_bytes} bytes, "
-                f"others are pinned with {sum(others.values())}; "
-                f"max_pinned_bytes={most}",
-            )
-
-    async def _note_pin(self, adapter_id: str, *, pinned: bool) -> None:
-        entry = self._catalog.entries.get(adapter_id)
-        if entry is not None:
-            entry.pinned = pinned
-        await self._remember()
-
-    async def _remember(self) -> None:
-        """Write the manifest; a disk that is full does not undo what was done."""
-        if self._manifest is None:
-            return
-        entries = [
-            ManifestEntry(
-                adapter_id=name,
-                source_path=entry.source_path,
-                uid=entry.uid,
-                pinned=entry.pinned,
-            )
-            for name, entry in sorted(self._catalog.entries.items())
-        ]
-        try:
-            await self._on_thread(self._manifest.write, entries)
-        except OSError as error:
-            logger.error("adapters.manifest was not written: %s", error)
-
     async def _current(self, llm: LLM, adapter_id: str) -> pb.Adapter:
-        info = await self._find(llm, adapter_id)
+        info = (await self._registrar.by_id(llm)).get(adapter_id)
         if info is None and adapter_id not in self._catalog.entries:
             raise StatusError(
                 grpc.StatusCode.NOT_FOUND,
@@ -373,14 +181,6 @@ class AdapterService:
                 f"unknown adapter {adapter_id!r}",
             )
         return self._message(adapter_id, info)
-
-    async def _find(self, llm: LLM, adapter_id: str) -> AdapterInfo | None:
-        return (await self._all(llm)).get(adapter_id)
-
-    async def _all(self, llm: LLM) -> dict[str, AdapterInfo]:
-        """Return adapters by id; of one id, what takes requests, else what drains."""
-        infos = await self._on_thread(llm.list_adapters)
-        return {info.name: info for info in reversed(infos)}
 
     def _message(
         self,
@@ -409,9 +209,3 @@ class AdapterService:
                 message.state = pb.ADAPTER_STATE_FAILED
                 message.reason, message.uid = entry.failure, entry.uid
         return message
-
-    async def _on_thread(self, call: Callable[..., Any], *args: Any, **kw: Any) -> Any:
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(
-            self._threads, functools.partial(call, *args, **kw)
-        )

@@ -5,6 +5,7 @@ import time
 
 import grpc
 
+from jchameleon.outputs import AdapterInfo
 from jchameleon.serving.adapter_paths import check_adapter_id
 from jchameleon.serving.status import StatusError
 
@@ -33,34 +34,50 @@ class AdapterCatalog:
     def __init__(self) -> None:
         self.entries: dict[str, CatalogEntry] = {}
 
+    def use(self, adapter_id: str) -> None:
+        """Let a request name an adapter; errors as `check`."""
+        if adapter_id:
+            self.check(adapter_id)
+            entry = self.entries.get(adapter_id)
+            if entry is not None:
+                entry.last_used_s = time.time()
+
     def check(self, adapter_id: str) -> None:
-        """Let a request name an adapter.
+        """Raise what keeps an id from being served.
 
         Raises:
           StatusError: INVALID_ARGUMENT, it is no id; FAILED_PRECONDITION, its files
             are gone or have changed.
         """
-        if not adapter_id:
-            return
         check_adapter_id(adapter_id)
         entry = self.entries.get(adapter_id)
-        if entry is None:
-            return
-        if entry.failure is not None:
-            raise failed_adapter(adapter_id, entry.failure)
-        entry.last_used_s = time.time()
+        if entry is not None and entry.failure is not None:
+            raise StatusError(
+                grpc.StatusCode.FAILED_PRECONDITION,
+                "ADAPTER_FAILED",
+                f"adapter {adapter_id!r} cannot be loaded: {entry.failure}",
+            )
 
-    def note_failure(self, adapter_id: str, reason: str) -> None:
-        """Take no more requests for an adapter until it is registered again."""
-        entry = self.entries.get(adapter_id)
-        if entry is not None:
-            entry.failure = reason
+    def note_registered(self, info: AdapterInfo, source_path: str) -> None:
+        """Take over what the engine says of an adapter that was registered.
 
+        What has failed of the same content is served again: it can be read now.
+        """
+        entry = self.entries.get(info.name)
+        if entry is None or entry.uid != info.uid or entry.failure is not None:
+            self.entries[info.name] = CatalogEntry(
+                source_path=source_path, uid=info.uid, registered_s=time.time()
+            )
+        self.entries[info.name].pinned = info.pinned
+        for other in self.entries.values():
+            if other.uid == info.uid:
+                other.failure = None
 
-def failed_adapter(adapter_id: str, reason: str) -> StatusError:
-    """Return the status of a request for an adapter that cannot be loaded."""
-    return StatusError(
-        grpc.StatusCode.FAILED_PRECONDITION,
-        "ADAPTER_FAILED",
-        f"adapter {adapter_id!r} cannot be loaded: {reason}",
-    )
+    def note_lost(self, uid: str, reason: str) -> None:
+        """Take no more requests for a content until it is registered again.
+
+        All names of it, and no name that stands for other content by now.
+        """
+        for entry in self.entries.values():
+            if entry.uid == uid:
+                entry.failure = reason

@@ -111,7 +111,7 @@ class InferenceService:
         try:
             llm = self._llm()
             check_model(request.model, llm)
-            self._catalog.check(request.adapter_id)
+            self._catalog.use(request.adapter_id)
             deadline_s = check_deadline(context)
             with self._admission.enter(request.sampling.n) as ticket:
                 call = await self._prepare(llm, request, deadline_s)
@@ -127,7 +127,7 @@ class InferenceService:
                         context,
                         deadline_s,
                         self._catalog,
-                        request.adapter_id,
+                        call.submissions[0].adapter_uid,
                     )
             code = grpc.StatusCode.OK
         except Exception as error:
@@ -226,14 +226,14 @@ class _Run:
         context: grpc.aio.ServicerContext,
         deadline_s: float | None,
         catalog: AdapterCatalog,
-        adapter_id: str,
+        adapter_uid: str | None,
     ) -> None:
         self.replies = replies
         self._stream = stream
         self._ticket = ticket
         self._watch = watch
         self._catalog = catalog
-        self._adapter_id = adapter_id
+        self._adapter_uid = adapter_uid
         self._context = context
         self._has_deadline = deadline_s is not None
         self._aborted: StatusError | None = None
@@ -270,8 +270,8 @@ class _Run:
 
     def _failure(self, delta: Delta) -> StatusError:
         reason = delta.error or "it failed"
-        if delta.fault == "adapter":
-            self._catalog.note_failure(self._adapter_id, reason)
+        if delta.fault == "adapter" and self._adapter_uid is not None:
+            self._catalog.note_lost(self._adapter_uid, reason)
         return status_of_fault(delta.fault, reason)
 
     def _is_late(self) -> bool:

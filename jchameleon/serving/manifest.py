@@ -55,7 +55,7 @@ class Manifest:
                 return _parse(path.read_bytes())
             except FileNotFoundError:
                 continue
-            except (OSError, ValueError) as error:
+            except (OSError, KeyError, TypeError, ValueError) as error:
                 faults.append(f"{path}: {error}")
                 logger.warning("adapters.manifest: %s", faults[-1])
         if faults:
@@ -73,7 +73,7 @@ class Manifest:
             file.write(_text(entries))
             file.flush()
             os.fsync(file.fileno())
-        if self._path.exists():
+        if _is_good(self._path):  # else the one before is the last good one
             os.replace(self._path, self._before)
         os.replace(fresh, self._path)
         folder = os.open(self._path.parent, os.O_RDONLY | os.O_DIRECTORY)
@@ -81,6 +81,14 @@ class Manifest:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+def _is_good(path: Path) -> bool:
+    try:
+        _parse(path.read_bytes())
+    except (OSError, KeyError, TypeError, ValueError):
+        return False
+    return True
 
 
 def _text(entries: Sequence[ManifestEntry]) -> bytes:

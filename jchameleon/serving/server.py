@@ -28,6 +28,7 @@ from jchameleon.serving.proto.jchameleon.v1 import (
     engine_pb2,
     inference_pb2,
 )
+from jchameleon.serving.registrar import AdapterRegistrar
 from jchameleon.serving.settings import ServerConfig
 from jchameleon.serving.state import Phase, ServerState
 from jchameleon.serving.status import StatusError
@@ -78,9 +79,7 @@ class Server:
             max_waiting_tokens=limits.max_waiting_tokens,
         )
         self.outbox = LoopOutbox(asyncio.get_running_loop())
-        self.adapters = AdapterService(
-            adapters, root, self.catalog, self.state.open_llm
-        )
+        self.adapters = AdapterRegistrar(adapters, root, self.catalog)
         self._server: grpc.aio.Server | None = None
         self._port = 0
 
@@ -179,7 +178,12 @@ class Server:
             for field in dataclasses.fields(engine)
         }
         # Given at the start: they say what projections the programs are compiled for.
-        return LLM(config.model, adapters=self.adapters.configured(), **fields)
+        return LLM(
+            config.model,
+            adapters=self.adapters.configured(),
+            adapter_root=config.adapters.root,
+            **fields,
+        )
 
     def _add_services(self, server: grpc.aio.Server) -> None:
         inference = InferenceService(
@@ -188,6 +192,12 @@ class Server:
             self.admission,
             self._observer,
             self.catalog,
+        )
+        adapters = AdapterService(
+            self.adapters,
+            self.catalog,
+            self.state.open_llm,
+            dynamic=self.config.adapters.dynamic,
         )
         engine = EngineService(
             self.config, self.state.open_llm, self.outbox, self.compiles
@@ -204,7 +214,7 @@ class Server:
         server.add_generic_rpc_handlers(
             (
                 grpc.method_handlers_generic_handler(INFERENCE_SERVICE, handlers),
-                _unary_service(ADAPTER_SERVICE, adapter_pb2, self.adapters),
+                _unary_service(ADAPTER_SERVICE, adapter_pb2, adapters),
                 _unary_service(ENGINE_SERVICE, engine_pb2, engine),
                 self.health.handler(stall_timeout_s=self.config.server.stall_timeout_s),
             )

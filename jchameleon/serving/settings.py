@@ -158,6 +158,11 @@ class AdapterConfig:
             _check_positive("adapters", self, ("max_pinned_bytes",))
         if self.root is None and (self.preload or self.dynamic):
             raise ConfigError("adapters.root must be set: adapters lie below it")
+        if len(self.preload) > self.max_adapters:
+            raise ConfigError(
+                f"adapters.preload names {len(self.preload)} adapters, "
+                f"max_adapters={self.max_adapters} allows no more"
+            )
         if self.manifest is not None and not self.dynamic:
             raise ConfigError("adapters.manifest needs adapters.dynamic")
 
