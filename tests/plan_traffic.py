@@ -113,8 +113,7 @@ class LooseEngine:
         for uid in [uid for uid in self.loading if rng.random() < 0.5]:
             self.loading.remove(uid)
             error = "disk is on fire" if rng.random() < 0.1 else None
-            fault = rng.choice(["adapter", "adapter_io", "internal"])
-            self.events.append(LoadDone(uid, error, fault))
+            self.events.append(LoadDone(uid, error, "adapter_io"))
         for _ in range(rng.choice([0, 0, 0, 0, 0, 0, 1, 3])):
             self.arrive()
         if self.left and rng.random() < 0.1:
