@@ -183,7 +183,8 @@ def record(path, policy=FIFO, *, seed=0, steps=200, priorities=(0,)):
         CONFIG, kv_reserve=policy.kv_reserve, max_squashes=policy.max_squashes
     )
     planner = Planner(config, **build_policies(policy))
-    engine = LooseEngine(planner, seed, priorities, loses_device=True)
+    # Losses leave little time for rare things to happen: half of the runs have none.
+    engine = LooseEngine(planner, seed, priorities, loses_device=seed % 2 == 1)
     iterations = []
     with closing(PlanLogWriter(path, config, policy)) as log:
         for _ in range(steps):
