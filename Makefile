@@ -93,7 +93,8 @@ test-gpu-aot: .venv-gpu-aot/.ready
 test-gpu-aot-full: .venv-gpu-aot/.ready
 	@for target in a40 a100 h100; do for model in llama-7b llama-3-8b smollm2-135m; do \
 		.venv-gpu-aot/bin/python -m pytest $(PYTEST_ARGS) tests/test_gpu_aot.py \
-			--timeout 900 --gpu-target $$target --gpu-model $$model; done; done
+			--timeout 900 --gpu-target $$target --gpu-model $$model \
+			--gpu-step 16,512 --gpu-step 64,2048; done; done
 
 bench-planner: .venv-test/.ready
 	@mkdir -p build

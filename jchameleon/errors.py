@@ -38,6 +38,10 @@ class AdapterReadError(AdapterError):
     """An adapter's files cannot be read now, as on an I/O error; they may be later."""
 
 
+class AdapterContentError(AdapterError):
+    """An adapter's files hold other content than the caller expects."""
+
+
 class AdapterConflictError(AdapterError):
     """A name is taken by an adapter with other content."""
 

@@ -121,6 +121,26 @@ class RequestDelta:
     timing: RequestTiming | None
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class EngineFacts:
+    """What an engine is; nothing of it changes.
+
+    Attributes:
+      device: as jax names it.
+      backend: of the device operations.
+      lora_targets: projections that adapters may touch.
+      pool_bytes: device memory for KV blocks and adapters.
+      policy: name of the scheduling policy.
+    """
+
+    device: str
+    backend: str
+    dtype: str
+    lora_targets: tuple[str, ...]
+    pool_bytes: int
+    policy: str
+
+
 AdapterTier = Literal["device", "loading", "host", "disk"]
 
 

@@ -33,3 +33,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="append",
         help="a model whose programs to compile, or several; smollm2-135m if none",
     )
+    parser.addoption(
+        "--gpu-step",
+        action="append",
+        metavar="ROWS,TOKENS",
+        help="rows of decode and tokens of prefill, or several pairs; 16,256 if none",
+    )

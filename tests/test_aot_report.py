@@ -225,18 +225,17 @@ def test_moved_bytes_count_what_is_gathered_and_what_is_updated(trips):
     update = ids + kv + kv  # reads indices and values, writes the values
     read = ids + kv + wide
     copy = 2 * wide
-    moved = aot_hlo.moved_bytes(module_with(), lambda _: trips, lambda _: None)
+    moved = aot_hlo.moved_bytes(module_with(), lambda _: trips, lambda _: 0)
     assert moved == update + read + trips * copy
 
 
-def test_moved_bytes_are_unknown_where_a_kernel_is_not_counted():
+def test_moved_bytes_of_own_kernels_are_those_that_are_counted():
     module = module_with(
         "  %k = f32[4,64]{1,0} custom-call(%kv), "
         'metadata={op_name="jit(step)/multi_lora/shrink/pallas_call"}\n'
     )
-    plain = aot_hlo.moved_bytes(module_with(), lambda _: 1, lambda _: None)
+    plain = aot_hlo.moved_bytes(module_with(), lambda _: 1, lambda _: 0)
     assert aot_hlo.own_kernels(module) == {"shrink"}
-    assert aot_hlo.moved_bytes(module, lambda _: 1, lambda _: None) is None
     assert aot_hlo.moved_bytes(module, lambda _: 1, lambda _: 7) == plain + 7
 
 

@@ -4,6 +4,9 @@ Needs the compiler's wheels and a process that has not imported jax: `make test-
 sets both up. Nothing runs on a GPU.
 """
 
+import itertools
+import re
+
 import aot_bars
 import aot_report
 import aot_target
@@ -13,9 +16,7 @@ MISSING = aot_target.missing_wheels()
 if MISSING is not None:
     pytest.skip(MISSING, allow_module_level=True)
 
-ROWS = 16
-PREFILL_TOKENS = 256
-CONTEXT_TOKENS = 256
+CONTEXT_TOKENS = 1024
 
 
 @pytest.fixture(scope="module")
@@ -32,23 +33,25 @@ def dump_dir(tmp_path_factory):
 def pytest_generate_tests(metafunc):
     targets = metafunc.config.getoption("--gpu-target") or ["a40"]
     models = metafunc.config.getoption("--gpu-model") or ["smollm2-135m"]
+    steps = metafunc.config.getoption("--gpu-step") or ["16,256"]
     if "report" in metafunc.fixturenames:
-        pairs = [(target, model) for target in targets for model in models]
-        metafunc.parametrize("report", pairs, indirect=True, scope="module")
+        cases = list(itertools.product(targets, models, steps))
+        metafunc.parametrize("report", cases, indirect=True, scope="module")
     elif "target" in metafunc.fixturenames:
         metafunc.parametrize("target", targets)
 
 
 @pytest.fixture(scope="module")
 def report(request, dump_dir):
-    target, model = request.param
+    target, model, step = request.param
+    rows, tokens = map(int, step.split(","))
     return aot_report.report(
         target,
         model,
         dump_dir,
-        rows=ROWS,
-        prefill_tokens=PREFILL_TOKENS,
-        context_tokens=CONTEXT_TOKENS,
+        rows=rows,
+        prefill_tokens=tokens,
+        context_tokens=min(CONTEXT_TOKENS, tokens),
     )
 
 
@@ -59,21 +62,36 @@ def test_programs_keep_to_the_bars(report):
         fault
         for program in report.programs
         for fault in aot_bars.program_faults(
-            program, layers=len(pools), pool_bytes=pool_bytes
+            program,
+            layers=len(pools),
+            pool_bytes=pool_bytes,
+            capability=report.target.capability,
         )
     ]
     assert faults == []
-    assert [program.name for program in report.programs[:2]] == [
-        f"decode[{ROWS}]",
-        f"prefill[{PREFILL_TOKENS}]",
-    ]
+    kinds = [program.name.partition("[")[0] for program in report.programs]
+    assert kinds == ["decode", "prefill", "commit"]
     assert all(program.kernels for program in report.programs)
 
 
-def test_programs_move_no_less_than_the_floor_says(report):
-    for floor, moved in zip(report.floors, report.moved_bytes, strict=True):
+def test_programs_move_little_more_than_the_floor_says(report):
+    for program, floor, moved in zip(
+        report.programs, report.floors, report.moved, strict=True
+    ):
         assert floor.seconds(report.target) > 0
-        assert moved is None or moved >= floor.fewest_bytes
+        assert moved.moved_bytes >= floor.fewest_bytes
+        assert moved.kernels.keys() == {
+            re.sub(r"_+\d+$", "", name) for name in program.own_kernels
+        }
+        assert all(moved.kernels.values())
+        faults = aot_bars.traffic_faults(
+            program.name,
+            floor,
+            moved.moved_bytes,
+            report.target,
+            model=report.shapes.model.name,
+        )
+        assert faults == []
 
 
 def test_commit_that_keeps_its_input_copies_every_pool(report, dump_dir):

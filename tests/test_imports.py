@@ -101,8 +101,10 @@ WITHOUT_JAX = (
     "models.describe",
     "models.export",
     "models.loader",
+    "runtime.memory",
     "runtime.output",
     "runtime.policy",
+    "runtime.xla_env",
     "sim",
 )
 JAX_PACKAGES = {"jax", "jaxlib", "flax", "optax", "orbax"}

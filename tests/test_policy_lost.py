@@ -1,5 +1,7 @@
 """A device that loses what it holds: the planner starts everything over, once."""
 
+import dataclasses
+
 from planner_driver import Driver, Text, planner_of, request_of
 
 from jchameleon.runtime.policy.events import DeviceLost
@@ -77,6 +79,25 @@ def test_copy_under_way_survives_the_loss():
     driver.drain(50)
     assert driver.planner.resident_pages("a") == load.pages
     assert driver.planner.books().loads == 1
+
+
+def test_step_that_failed_teaches_nothing_about_how_long_steps_take():
+    driver = Driver(planner_of())
+    driver.arrive(request_of("r", prompt_tokens=33, max_tokens=60))
+    for _ in range(8):
+        driver.tick()
+    estimator = driver.planner._estimator
+
+    def estimate():
+        return estimator.step_s(prefill_tokens=32, decode_rows=1)
+
+    before = estimate()
+    [step] = driver.events
+    driver.events = [DeviceLost(), dataclasses.replace(step, duration_s=1e6)]
+    driver.memory.clear()
+    driver.tick()
+    assert estimate() == before
+    driver.drain(80)
 
 
 def test_request_that_ends_with_the_loss_is_not_started_again():

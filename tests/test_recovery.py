@@ -1,6 +1,7 @@
 """Steps that fail: everyone else gets the tokens of an undisturbed run."""
 
 import math
+import random
 
 import jax
 import pytest
@@ -131,8 +132,16 @@ def test_failure_to_read_a_result_back_is_a_failed_step(llm, expected, monkeypat
             raise OSError("injected")
         return fetch(self)
 
+    pools, rebuild = [], llm._executor.rebuild_pool
+
+    def watched_rebuild():
+        pools.extend(llm._executor._pools)
+        rebuild()
+
+    monkeypatch.setattr(llm._executor, "rebuild_pool", watched_rebuild)
     monkeypatch.setattr(drawing.Draws, "fetch", failing_fetch)
     assert streamed(llm, BATCH) == expected
+    assert pools and all(pool.is_deleted() for pool in pools), "two pools at a time"
 
 
 def test_edits_and_logprobs_that_raise_end_their_request_alone(
@@ -175,6 +184,58 @@ def test_edits_and_logprobs_that_raise_end_their_request_alone(
     found = streamed(llm, (prompts, adapters, sampling))
     assert found[:-2] == expected
     assert [one[2] for one in found[-2:]] == ["error", "error"]
+
+
+class TurnsAway:
+    """Admit in order, and reject who comes back to the line."""
+
+    def admit(self, view):
+        back = {request.request_id for request in view.requeued}
+        for request in list(view.waiting):
+            if request.request_id in back:
+                view.reject(request, "not twice")
+            else:
+                view.try_admit(request)
+
+
+def test_policy_may_turn_away_who_lost_its_place(adapter_dirs):
+    policy = {
+        "source": "test",
+        "preset": "fifo-lru",
+        "admission": {"name": "test_recovery:TurnsAway"},
+    }
+    with LLM("tiny", adapters=adapter_dirs, policy=policy, **OPTIONS) as llm:
+        BrokenSteps(llm._executor, nth(5))
+        outputs = llm.generate(*BATCH)
+        faults = {o.fault for o in outputs}
+        assert faults == {None, "rejected"}
+        check_baseline(llm)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_random_losses_and_cancels_leave_no_trace(llm, expected, breaking, seed):
+    """Whoever ends undisturbed has its tokens; whatever happens, the books balance."""
+    rng = random.Random(seed)
+    breaking(lambda rows, prefill: rng.random() < 0.04)
+    for _ in range(6):
+        got = {index: [] for index in range(len(BATCH[0]))}
+        ends = {}
+        for delta in llm.stream(*BATCH):
+            got[delta.index] += delta.token_ids
+            if delta.finish_reason is not None:
+                assert delta.index not in ends
+                ends[delta.index] = delta.finish_reason, delta.fault
+            elif rng.random() < 0.05:
+                llm.cancel(delta.request_id)
+        assert len(ends) == len(got)
+        for index, (reason, fault) in ends.items():
+            right = expected[index][0]
+            assert tuple(got[index]) == right[: len(got[index])]
+            if reason == "length":
+                assert len(got[index]) == len(right)
+            else:
+                assert fault in ("cancelled", "internal")
+    check_baseline(llm)
 
 
 def test_failed_commit_fails_its_requests_and_nobody_else(adapter_dirs, expected):

@@ -25,6 +25,10 @@ def ask_health(target, service=INFERENCE):
         )(health_pb2.HealthCheckRequest(service=service)).status
 
 
+def reasons_of(load):
+    return {error_details(error)["ErrorInfo"].reason for error in load.errors}
+
+
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     limits = {"max_waiting_requests": 8}
@@ -130,8 +134,7 @@ def test_engine_that_hangs_is_reported_recovers_and_its_death_ends_all(tmp_path)
         load.join()
         assert time.monotonic() - start_s < 5
         assert set(load.codes()) == {grpc.StatusCode.UNAVAILABLE}
-        reasons = {error_details(e)["ErrorInfo"].reason for e in load.errors}
-        assert reasons == {"ENGINE_DEAD"}
+        assert reasons_of(load) == {"ENGINE_DEAD"}
         assert server.end() == 1
         assert server.events("engine_dead")
 
@@ -144,6 +147,7 @@ def test_engine_that_hangs_ends_the_process_if_so_configured(tmp_path):
         server.signal(signal.SIGUSR2)
         load.join()
         assert load.codes() == [grpc.StatusCode.UNAVAILABLE]
+        assert reasons_of(load) == {"ENGINE_DEAD"}
         assert server.end() == 1
 
 
@@ -165,4 +169,5 @@ def test_killed_server_starts_again_and_a_second_signal_ends_it_at_once(tmp_path
         server.signal(signal.SIGINT)
         load.join()
         assert grpc.StatusCode.UNAVAILABLE in load.codes()
+        assert reasons_of(load) == {"DRAINING"}
         assert server.end() == 130

@@ -174,17 +174,22 @@ def count_rematerialised(module: Module) -> int:
 def own_kernels(module: Module) -> set[str]:
     """Return the names of hand-written kernels that the module calls."""
     return {
-        one.scope.split("/")[-2]
+        kernel_name(one)
         for _, one in module.launched()
         if one.opcode == "custom-call" and one.scope.endswith("/pallas_call")
     }
 
 
+def kernel_name(one: Instruction) -> str:
+    """Return the name of the hand-written kernel that an instruction calls."""
+    return one.scope.split("/")[-2]
+
+
 def moved_bytes(
     module: Module,
     trips: Callable[[Instruction], int],
-    kernel_bytes: Callable[[Instruction], int | None],
-) -> int | None:
+    kernel_bytes: Callable[[Instruction], int],
+) -> int:
     """Return the bytes that launched instructions read and write, caches ignored.
 
     A fusion reads its operands once, and of one that it only gathers or slices from
@@ -192,24 +197,19 @@ def moved_bytes(
 
     Args:
       trips: of a loop, for the step in question.
-      kernel_bytes: bytes of a hand-written kernel, or None if nobody counted them;
-        then the sum is None as well.
+      kernel_bytes: bytes of one call of a hand-written kernel.
     """
 
-    def of_computation(name: str) -> int | None:
+    def of_computation(name: str) -> int:
         total = 0
         for one in module.computations[name].values():
             if one.opcode == "while":
                 assert one.called is not None
-                body = of_computation(one.called)
-                part = None if body is None else body * trips(one)
+                total += of_computation(one.called) * trips(one)
             elif one.opcode == "custom-call" and one.scope.endswith("/pallas_call"):
-                part = kernel_bytes(one)
+                total += kernel_bytes(one)
             else:
-                part = _instruction_bytes(module, name, one)
-            if part is None:
-                return None
-            total += part
+                total += _instruction_bytes(module, name, one)
         return total
 
     return of_computation(module.entry)

@@ -89,6 +89,11 @@ class Kernel:
         """Copies and loads of 16 bytes."""
         return self.instructions.copies_16 + self.instructions.loads_16
 
+    @property
+    def buffered_bytes(self) -> int:
+        """Shared memory of all resident blocks: room for what is on its way there."""
+        return self.shared_bytes * self.blocks
+
 
 def read_kernels(
     ptx_files: Iterable[Path], launches: Mapping[str, Launch], target: Target

@@ -32,14 +32,14 @@ class Report:
     Attributes:
       sampling_compile_s: by program, of those that draw tokens.
       floors: `aot_floor.Floor` of each program, in their order.
-      moved_bytes: of each program, None where nobody counted.
+      moved: `aot_floor.Moved` of each program.
     """
 
     target: aot_target.Target
     shapes: Any
     programs: list[Any]
     floors: list[Any]
-    moved_bytes: list[int | None]
+    moved: list[Any]
     sampling_compile_s: dict[str, float]
 
     def to_dict(self) -> dict[str, Any]:
@@ -68,11 +68,12 @@ class Report:
                         for kernel in program.kernels
                     ],
                     "floor_s": floor.seconds(self.target),
-                    "moved_bytes": moved,
+                    "moved_bytes": moved.moved_bytes,
+                    "moved_bytes_by_kernel": moved.kernels,
                     "fewest_bytes": floor.fewest_bytes,
                 }
                 for program, floor, moved in zip(
-                    self.programs, self.floors, self.moved_bytes, strict=True
+                    self.programs, self.floors, self.moved, strict=True
                 )
             ],
         }
@@ -135,9 +136,8 @@ def report(
         floors=[
             aot_floor.program_floor(shapes, program, traffic) for program in programs
         ],
-        moved_bytes=[
-            aot_floor.program_moved_bytes(shapes, program, traffic)
-            for program in programs
+        moved=[
+            aot_floor.program_moved(shapes, program, traffic) for program in programs
         ],
         sampling_compile_s=aot_programs.compile_sampling(shapes, rows),
     )
@@ -167,20 +167,24 @@ def print_report(done: Report) -> None:
     print(f"\nsampling, compile: {sampling}\n")
     print(
         "| program | weights MB | KV MB | adapters MB | activations MB | GFLOP "
-        "| floor ms | moved MB | moved / fewest |"
+        "| floor ms | bound by | moved MB | moved / fewest |"
     )
-    print("|---" * 9 + "|")
-    for one, floor, moved in zip(
-        done.programs, done.floors, done.moved_bytes, strict=True
-    ):
-        ratio = "" if moved is None else f"{moved / floor.fewest_bytes:.2f}"
+    print("|---" * 10 + "|")
+    for one, floor, moved in zip(done.programs, done.floors, done.moved, strict=True):
+        bound = "memory" if floor.is_memory_bound(done.target) else "operations"
         print(
             f"| {one.name} | {floor.weights_bytes / 1e6:.1f} "
             f"| {floor.kv_bytes / 1e6:.1f} | {floor.adapters_bytes / 1e6:.1f} "
             f"| {floor.activations_bytes / 1e6:.2f} | {floor.flops / 1e9:.1f} "
-            f"| {floor.seconds(done.target) * 1e3:.3f} "
-            f"| {'not counted' if moved is None else f'{moved / 1e6:.1f}'} | {ratio} |"
+            f"| {floor.seconds(done.target) * 1e3:.3f} | {bound} "
+            f"| {moved.moved_bytes / 1e6:.1f} "
+            f"| {moved.moved_bytes / floor.fewest_bytes:.2f} |"
         )
+    for one, moved in zip(done.programs, done.moved, strict=True):
+        if moved.kernels:
+            parts = {**moved.kernels, "all else": moved.others}
+            shown = ", ".join(f"{k} {v / 1e6:.0f}" for k, v in parts.items())
+            print(f"\n{one.name} moves, MB: {shown}")
     for one in done.programs:
         _print_kernels(one)
 

@@ -18,10 +18,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 from jchameleon.config import EngineConfig
-from jchameleon.errors import (
-    CapacityError,
-)
-from jchameleon.lora.adapter import HostAdapter
+from jchameleon.errors import CapacityError
 from jchameleon.models.tokenizer import Tokenizer
 from jchameleon.runtime.deadlines import Deadlines
 from jchameleon.runtime.door import Door
@@ -48,6 +45,7 @@ from jchameleon.runtime.question import Question
 from jchameleon.runtime.records import StepRecord
 from jchameleon.runtime.recovery import Recovery
 from jchameleon.runtime.replies import Replies
+from jchameleon.runtime.staging import Staging
 from jchameleon.runtime.submission import RequestRules, Submission, check_request_id
 from jchameleon.runtime.transfer import AdapterLoader, emulated_link
 from jchameleon.sampling import SamplingParams
@@ -75,16 +73,16 @@ class Engine:
         config: EngineConfig,
         *,
         log: PlanLogWriter | None,
-        fetch: Callable[[str], HostAdapter],
+        staging: Staging,
         listener: AdapterListener | None,
         tokenizer: Tokenizer | None,
         eos_token_ids: frozenset[int],
     ):
         """Start the engine thread over a warmed-up executor.
 
-        `log` takes every event and plan, and is closed with the engine. `fetch` returns
-        a registered adapter's weights, from disk if need be; the threads that load
-        call it. `listener` hears when nothing is left of an adapter.
+        `log` takes every event and plan, and is closed with the engine. `staging`
+        brings the weights of registered adapters to the device. `listener` hears when
+        nothing is left of an adapter.
         """
         self.max_model_len = executor.max_model_len
         self._executor = executor
@@ -104,8 +102,7 @@ class Engine:
         loader = AdapterLoader(
             executor.layout,
             executor.dtype,
-            executor.device,
-            fetch=fetch,
+            staging,
             notify=lambda: self._door.inbox.put(None),
             max_in_flight=config.max_loads_in_flight,
             link=emulated_link(config),

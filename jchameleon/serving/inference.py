@@ -10,9 +10,9 @@ import grpc
 
 from jchameleon.llm import LLM
 from jchameleon.requests import CallRequest
-from jchameleon.runtime.engine import Engine
 from jchameleon.runtime.outbox import Delta
 from jchameleon.serving.admission import Admission, Ticket
+from jchameleon.serving.catalog import AdapterCatalog
 from jchameleon.serving.convert import (
     Replies,
     check_deadline,
@@ -23,7 +23,12 @@ from jchameleon.serving.convert import (
 )
 from jchameleon.serving.observer import RequestObserver, RequestWatch
 from jchameleon.serving.proto.jchameleon.v1 import inference_pb2 as pb
-from jchameleon.serving.status import StatusError, answer_to, invalid
+from jchameleon.serving.status import (
+    StatusError,
+    answer_to,
+    invalid,
+    status_of_fault,
+)
 from jchameleon.serving.streams import LoopOutbox, Stream
 
 SHORT_PROMPT = 1024
@@ -42,6 +47,7 @@ class InferenceService:
         outbox: LoopOutbox,
         admission: Admission,
         observer: RequestObserver,
+        catalog: AdapterCatalog,
     ) -> None:
         """Create the service.
 
@@ -52,6 +58,7 @@ class InferenceService:
         self._outbox = outbox
         self._admission = admission
         self._observer = observer
+        self._catalog = catalog
 
     async def generate(
         self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext
@@ -104,6 +111,7 @@ class InferenceService:
         try:
             llm = self._llm()
             check_model(request.model, llm)
+            self._catalog.check(request.adapter_id)
             deadline_s = check_deadline(context)
             with self._admission.enter(request.sampling.n) as ticket:
                 call = await self._prepare(llm, request, deadline_s)
@@ -112,7 +120,14 @@ class InferenceService:
                     watch.admitted(call.request_id, request.adapter_id, prompt_tokens)
                     replies = Replies(request, call.request_id, call)
                     yield _Run(
-                        stream, replies, ticket, watch, context, deadline_s, llm.engine
+                        stream,
+                        replies,
+                        ticket,
+                        watch,
+                        context,
+                        deadline_s,
+                        self._catalog,
+                        request.adapter_id,
                     )
             code = grpc.StatusCode.OK
         except Exception as error:
@@ -210,23 +225,24 @@ class _Run:
         watch: RequestWatch,
         context: grpc.aio.ServicerContext,
         deadline_s: float | None,
-        engine: Engine,
+        catalog: AdapterCatalog,
+        adapter_id: str,
     ) -> None:
         self.replies = replies
         self._stream = stream
         self._ticket = ticket
         self._watch = watch
-        self._engine = engine
+        self._catalog = catalog
+        self._adapter_id = adapter_id
         self._context = context
         self._has_deadline = deadline_s is not None
-        self._aborted: str | None = None
+        self._aborted: StatusError | None = None
 
     async def deltas(self) -> AsyncIterator[list[tuple[int, Delta]]]:
         """Yield what comes, until all completions have ended.
 
         Raises:
           StatusError: one has failed, or the deadline has passed.
-          EngineDeadError: all have failed.
         """
         left = len(self._stream.unfinished)
         while left:
@@ -239,28 +255,29 @@ class _Run:
                 left -= 1
                 self._watch.finished(delta)
                 if delta.finish_reason == "error":
-                    self._engine.check_alive()  # a dead one ends all like this
-                    raise failure(delta)
+                    raise self._failure(delta)
                 if delta.finish_reason == "time_limit" and self._is_late():
                     raise deadline_exceeded()
                 if delta.finish_reason == "aborted":
-                    self._aborted = delta.error or "the request was aborted"
+                    why = delta.error or "the request was aborted"
+                    self._aborted = status_of_fault(delta.fault or "cancelled", why)
             yield deltas
 
     def check_end(self) -> None:
         """Raise CANCELLED where the call was aborted; what it had has been sent."""
         if self._aborted is not None:
-            raise StatusError(grpc.StatusCode.CANCELLED, "ABORTED", self._aborted)
+            raise self._aborted
+
+    def _failure(self, delta: Delta) -> StatusError:
+        reason = delta.error or "it failed"
+        if delta.fault == "adapter":
+            self._catalog.note_failure(self._adapter_id, reason)
+        return status_of_fault(delta.fault, reason)
 
     def _is_late(self) -> bool:
         """Return whether the RPC's deadline ended it, not a limit of its own."""
         left_s = self._context.time_remaining()
         return self._has_deadline and left_s is not None and left_s <= 0.001
-
-
-def failure(delta: Delta) -> StatusError:
-    """Return the status of a request that ended as "error"."""
-    return StatusError(grpc.StatusCode.INTERNAL, "INTERNAL", delta.error or "failed")
 
 
 def check_model(name: str, llm: LLM) -> None:

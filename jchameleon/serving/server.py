@@ -3,7 +3,8 @@
 import asyncio
 import dataclasses
 import logging
-from pathlib import Path
+import re
+from typing import Any
 
 import grpc
 from grpc_reflection.v1alpha import reflection
@@ -11,21 +12,33 @@ from grpc_reflection.v1alpha import reflection
 from jchameleon.errors import ConfigError
 from jchameleon.llm import LLM
 from jchameleon.sampling import MAX_N
+from jchameleon.serving.adapter_paths import AdapterRoot
+from jchameleon.serving.adapters import AdapterService
 from jchameleon.serving.admission import Admission
+from jchameleon.serving.auth import TokenInterceptor, Tokens
+from jchameleon.serving.catalog import AdapterCatalog
 from jchameleon.serving.compiles import CompileCounter
+from jchameleon.serving.engine_service import EngineService
 from jchameleon.serving.guard import streaming, unary
 from jchameleon.serving.health import HEALTH_SERVICE, Health
 from jchameleon.serving.inference import InferenceService
 from jchameleon.serving.observer import RequestObserver, Silence
-from jchameleon.serving.proto.jchameleon.v1 import inference_pb2
+from jchameleon.serving.proto.jchameleon.v1 import (
+    adapter_pb2,
+    engine_pb2,
+    inference_pb2,
+)
 from jchameleon.serving.settings import ServerConfig
 from jchameleon.serving.state import Phase, ServerState
 from jchameleon.serving.status import StatusError
 from jchameleon.serving.streams import LoopOutbox
+from jchameleon.serving.tls import server_credentials
 
 logger = logging.getLogger(__name__)
 
 INFERENCE_SERVICE = "jchameleon.v1.InferenceService"
+ADAPTER_SERVICE = "jchameleon.v1.AdapterService"
+ENGINE_SERVICE = "jchameleon.v1.EngineService"
 
 
 class Server:
@@ -42,8 +55,19 @@ class Server:
     def __init__(
         self, config: ServerConfig, observer: RequestObserver | None = None
     ) -> None:
-        """Nothing is bound or loaded yet."""
+        """Nothing is bound or loaded yet; the files of the configuration are read.
+
+        Raises:
+          ConfigError: one of them is missing or no good.
+        """
         self.config = config
+        adapters = config.adapters
+        root = None
+        if adapters.root is not None:
+            root = AdapterRoot(adapters.root, max_bytes=adapters.max_adapter_bytes)
+        self._tokens = Tokens.read(config.security)
+        self._credentials = server_credentials(config.security)
+        self.catalog = AdapterCatalog()
         self.health = Health((INFERENCE_SERVICE,))
         self.compiles = CompileCounter()
         self._observer = observer or Silence()
@@ -54,6 +78,9 @@ class Server:
             max_waiting_tokens=limits.max_waiting_tokens,
         )
         self.outbox = LoopOutbox(asyncio.get_running_loop())
+        self.adapters = AdapterService(
+            adapters, root, self.catalog, self.state.open_llm
+        )
         self._server: grpc.aio.Server | None = None
         self._port = 0
 
@@ -70,13 +97,17 @@ class Server:
         """
         listen = self.config.server
         server = grpc.aio.server(
+            interceptors=[TokenInterceptor(self._tokens)],
             options=_options(self.config),
             maximum_concurrent_rpcs=listen.max_concurrent_rpcs,
         )
         self._add_services(server)
         address = f"{listen.host}:{listen.port}"
         try:
-            self._port = server.add_insecure_port(address)
+            if self._credentials is None:
+                self._port = server.add_insecure_port(address)
+            else:
+                self._port = server.add_secure_port(address, self._credentials)
         except RuntimeError as error:
             raise ConfigError(f"cannot listen on {address}: {error}") from error
         if not self._port:
@@ -90,7 +121,13 @@ class Server:
         Raises:
           JChameleonError: what is wrong with model, adapters or configuration.
         """
-        self.state.ready(await asyncio.to_thread(self._open_llm))
+        llm = await asyncio.to_thread(self._open_llm)
+        try:
+            await self.adapters.start(llm)
+        except BaseException:
+            await asyncio.to_thread(llm.close)
+            raise
+        self.state.ready(llm)
         self.compiles.warm()
         self.health.set_ready(ready=self.state.phase == "ready")
 
@@ -126,6 +163,7 @@ class Server:
     async def close_engine(self) -> None:
         """Stop the engine, where there is one; it is waited for."""
         self.compiles.close()
+        self.adapters.close()
         if self.state.llm is not None:
             await asyncio.to_thread(self.state.llm.close)
 
@@ -140,11 +178,8 @@ class Server:
             field.name: getattr(engine, field.name)
             for field in dataclasses.fields(engine)
         }
-        adapters = {
-            name: Path(config.adapters.root or "") / path
-            for name, path in config.adapters.preload.items()
-        }
-        return LLM(config.model, adapters=adapters, **fields)
+        # Given at the start: they say what projections the programs are compiled for.
+        return LLM(config.model, adapters=self.adapters.configured(), **fields)
 
     def _add_services(self, server: grpc.aio.Server) -> None:
         inference = InferenceService(
@@ -152,6 +187,10 @@ class Server:
             self.outbox,
             self.admission,
             self._observer,
+            self.catalog,
+        )
+        engine = EngineService(
+            self.config, self.state.open_llm, self.outbox, self.compiles
         )
         handlers = {
             "Generate": unary(inference_pb2.GenerateRequest, inference.generate),
@@ -165,11 +204,30 @@ class Server:
         server.add_generic_rpc_handlers(
             (
                 grpc.method_handlers_generic_handler(INFERENCE_SERVICE, handlers),
+                _unary_service(ADAPTER_SERVICE, adapter_pb2, self.adapters),
+                _unary_service(ENGINE_SERVICE, engine_pb2, engine),
                 self.health.handler(stall_timeout_s=self.config.server.stall_timeout_s),
             )
         )
-        services = (INFERENCE_SERVICE, HEALTH_SERVICE, reflection.SERVICE_NAME)
+        services = (
+            INFERENCE_SERVICE,
+            ADAPTER_SERVICE,
+            ENGINE_SERVICE,
+            HEALTH_SERVICE,
+            reflection.SERVICE_NAME,
+        )
         reflection.enable_server_reflection(services, server)
+
+
+def _unary_service(name: str, messages: Any, service: Any) -> grpc.GenericRpcHandler:
+    """Return the handlers of a service; each method of the protocol has one."""
+    described = messages.DESCRIPTOR.services_by_name[name.rpartition(".")[2]]
+    handlers = {}
+    for method in described.methods:
+        snake = re.sub(r"(?<!^)(?=[A-Z])", "_", method.name).lower()
+        request_type = getattr(messages, method.input_type.name)
+        handlers[method.name] = unary(request_type, getattr(service, snake))
+    return grpc.method_handlers_generic_handler(name, handlers)
 
 
 def _options(config: ServerConfig) -> list[tuple[str, int]]:

@@ -10,13 +10,18 @@ from google.rpc import error_details_pb2, status_pb2
 from jchameleon.errors import (
     AdapterBusyError,
     AdapterConflictError,
+    AdapterContentError,
+    AdapterDrainingError,
     AdapterError,
+    AdapterReadError,
     CapacityError,
+    DuplicateRequestError,
     EngineDeadError,
     InvalidRequestError,
     QueueFullError,
     UnknownAdapterError,
 )
+from jchameleon.runtime.faults import Fault
 
 DOMAIN = "jchameleon"
 DETAILS_KEY = "grpc-status-details-bin"
@@ -107,14 +112,21 @@ def unavailable(reason: str, message: str) -> StatusError:
 # The first class that fits counts.
 _CODES: tuple[tuple[type[Exception], grpc.StatusCode, str], ...] = (
     (CapacityError, grpc.StatusCode.RESOURCE_EXHAUSTED, "NEVER_FITS"),
+    (DuplicateRequestError, grpc.StatusCode.ALREADY_EXISTS, "DUPLICATE_REQUEST_ID"),
     (InvalidRequestError, grpc.StatusCode.INVALID_ARGUMENT, "INVALID_REQUEST"),
     (QueueFullError, grpc.StatusCode.RESOURCE_EXHAUSTED, "QUEUE_FULL"),
+    (AdapterDrainingError, grpc.StatusCode.FAILED_PRECONDITION, "ADAPTER_DRAINING"),
     (UnknownAdapterError, grpc.StatusCode.NOT_FOUND, "UNKNOWN_ADAPTER"),
     (AdapterBusyError, grpc.StatusCode.DEADLINE_EXCEEDED, "ADAPTER_BUSY"),
     (AdapterConflictError, grpc.StatusCode.ALREADY_EXISTS, "ADAPTER_CONFLICT"),
+    (AdapterContentError, grpc.StatusCode.DATA_LOSS, "OTHER_CONTENT"),
+    (AdapterReadError, grpc.StatusCode.UNAVAILABLE, "ADAPTER_UNREADABLE"),
     (AdapterError, grpc.StatusCode.INVALID_ARGUMENT, "INVALID_ADAPTER"),
     (EngineDeadError, grpc.StatusCode.UNAVAILABLE, "ENGINE_DEAD"),
 )
+
+
+_RETRIED = (QueueFullError, EngineDeadError, AdapterReadError)
 
 
 def status_of(error: Exception) -> StatusError | None:
@@ -126,7 +138,7 @@ def status_of(error: Exception) -> StatusError | None:
             message, field = _in_terms_of_the_request(str(error))
             if code is not grpc.StatusCode.INVALID_ARGUMENT:
                 field = None
-            retry = 1.0 if kind in (QueueFullError, EngineDeadError) else None
+            retry = 1.0 if kind in _RETRIED else None
             return StatusError(code, reason, message, retry, field)
     return None
 
@@ -137,6 +149,30 @@ def answer_to(error: Exception) -> StatusError:
         grpc.StatusCode.INTERNAL,
         "INTERNAL",
         f"a fault of the server: {type(error).__name__}",
+    )
+
+
+_FAULTS: dict[str, tuple[grpc.StatusCode, str]] = {
+    "adapter": (grpc.StatusCode.FAILED_PRECONDITION, "ADAPTER_FAILED"),
+    "adapter_io": (grpc.StatusCode.UNAVAILABLE, "ADAPTER_UNREADABLE"),
+    "capacity": (grpc.StatusCode.RESOURCE_EXHAUSTED, "NEVER_FITS"),
+    "rejected": (grpc.StatusCode.RESOURCE_EXHAUSTED, "REJECTED"),
+    "not_finite": (grpc.StatusCode.INTERNAL, "NOT_FINITE"),
+    "closed": (grpc.StatusCode.UNAVAILABLE, "STOPPED"),
+    "engine": (grpc.StatusCode.UNAVAILABLE, "ENGINE_DEAD"),
+    "cancelled": (grpc.StatusCode.CANCELLED, "ABORTED"),
+    "unregistered": (grpc.StatusCode.CANCELLED, "ADAPTER_UNREGISTERED"),
+}
+
+
+def status_of_fault(fault: Fault | None, message: str) -> StatusError:
+    """Return the status of a request that the engine has ended without an answer."""
+    code, reason = _FAULTS.get(
+        fault or "internal", (grpc.StatusCode.INTERNAL, "INTERNAL")
+    )
+    retry_s = 1.0 if fault in ("adapter_io", "rejected", "engine", "closed") else None
+    return StatusError(
+        code, reason, " ".join(message.split())[:MAX_MESSAGE_CHARS], retry_s
     )
 
 

@@ -30,6 +30,11 @@ class Stream:
         self._reader: asyncio.Future[None] | None = None
         self._failure: StatusError | None = None
 
+    @property
+    def request_ids(self) -> list[str]:
+        """The engine's ids of its requests, in order."""
+        return list(self._places)
+
     def put(self, request_id: str, delta: Delta) -> None:
         """Add a delta and wake the reader."""
         before = self._waiting.get(request_id)
@@ -102,6 +107,11 @@ class LoopOutbox(Outbox):
         """
         for stream in set(self._streams.values()):
             stream.fail(error)
+
+    def requests_of(self, request_id: str) -> list[str]:
+        """Return the engine's ids of a call's completions; none if it is not open."""
+        stream = self._streams.get(request_id)
+        return [] if stream is None else stream.request_ids
 
     def is_open(self, request_id: str) -> bool:
         """Return whether a request of this id has a reader (event loop)."""

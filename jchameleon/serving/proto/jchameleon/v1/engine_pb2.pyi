@@ -95,7 +95,7 @@ class CacheStats(_message.Message):
     def __init__(self, capacity_bytes: _Optional[int] = ..., used_bytes: _Optional[int] = ..., pinned_bytes: _Optional[int] = ..., idle_bytes: _Optional[int] = ..., hits: _Optional[int] = ..., misses: _Optional[int] = ..., loads: _Optional[int] = ..., evictions: _Optional[int] = ..., load_failures: _Optional[int] = ..., host_bytes: _Optional[int] = ..., host_hits: _Optional[int] = ..., disk_reads: _Optional[int] = ...) -> None: ...
 
 class QueueStats(_message.Message):
-    __slots__ = ("index", "wrs_min", "wrs_max", "quota_tokens", "used_tokens", "waiting", "running", "bypasses")
+    __slots__ = ("index", "wrs_min", "wrs_max", "quota_tokens", "used_tokens", "waiting", "running")
     INDEX_FIELD_NUMBER: _ClassVar[int]
     WRS_MIN_FIELD_NUMBER: _ClassVar[int]
     WRS_MAX_FIELD_NUMBER: _ClassVar[int]
@@ -103,7 +103,6 @@ class QueueStats(_message.Message):
     USED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     WAITING_FIELD_NUMBER: _ClassVar[int]
     RUNNING_FIELD_NUMBER: _ClassVar[int]
-    BYPASSES_FIELD_NUMBER: _ClassVar[int]
     index: int
     wrs_min: float
     wrs_max: float
@@ -111,8 +110,7 @@ class QueueStats(_message.Message):
     used_tokens: int
     waiting: int
     running: int
-    bypasses: int
-    def __init__(self, index: _Optional[int] = ..., wrs_min: _Optional[float] = ..., wrs_max: _Optional[float] = ..., quota_tokens: _Optional[int] = ..., used_tokens: _Optional[int] = ..., waiting: _Optional[int] = ..., running: _Optional[int] = ..., bypasses: _Optional[int] = ...) -> None: ...
+    def __init__(self, index: _Optional[int] = ..., wrs_min: _Optional[float] = ..., wrs_max: _Optional[float] = ..., quota_tokens: _Optional[int] = ..., used_tokens: _Optional[int] = ..., waiting: _Optional[int] = ..., running: _Optional[int] = ...) -> None: ...
 
 class KvStats(_message.Message):
     __slots__ = ("used_bytes", "cached_bytes", "prefix_queried_tokens", "prefix_hit_tokens")
@@ -127,22 +125,22 @@ class KvStats(_message.Message):
     def __init__(self, used_bytes: _Optional[int] = ..., cached_bytes: _Optional[int] = ..., prefix_queried_tokens: _Optional[int] = ..., prefix_hit_tokens: _Optional[int] = ...) -> None: ...
 
 class EngineStats(_message.Message):
-    __slots__ = ("steps", "last_progress_age_seconds", "waiting", "running", "preemptions", "programs", "compiles_after_warm_up")
-    STEPS_FIELD_NUMBER: _ClassVar[int]
+    __slots__ = ("last_progress_age_seconds", "waiting", "running", "preemptions", "bypasses", "programs", "compiles_after_warm_up")
     LAST_PROGRESS_AGE_SECONDS_FIELD_NUMBER: _ClassVar[int]
     WAITING_FIELD_NUMBER: _ClassVar[int]
     RUNNING_FIELD_NUMBER: _ClassVar[int]
     PREEMPTIONS_FIELD_NUMBER: _ClassVar[int]
+    BYPASSES_FIELD_NUMBER: _ClassVar[int]
     PROGRAMS_FIELD_NUMBER: _ClassVar[int]
     COMPILES_AFTER_WARM_UP_FIELD_NUMBER: _ClassVar[int]
-    steps: int
     last_progress_age_seconds: float
     waiting: int
     running: int
     preemptions: int
+    bypasses: int
     programs: int
     compiles_after_warm_up: int
-    def __init__(self, steps: _Optional[int] = ..., last_progress_age_seconds: _Optional[float] = ..., waiting: _Optional[int] = ..., running: _Optional[int] = ..., preemptions: _Optional[int] = ..., programs: _Optional[int] = ..., compiles_after_warm_up: _Optional[int] = ...) -> None: ...
+    def __init__(self, last_progress_age_seconds: _Optional[float] = ..., waiting: _Optional[int] = ..., running: _Optional[int] = ..., preemptions: _Optional[int] = ..., bypasses: _Optional[int] = ..., programs: _Optional[int] = ..., compiles_after_warm_up: _Optional[int] = ...) -> None: ...
 
 class AbortRequestsRequest(_message.Message):
     __slots__ = ("request_ids",)
