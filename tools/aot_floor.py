@@ -5,19 +5,16 @@ device memory once, lets everything else stay on chip, and takes the GPU's peak 
 """
 
 import dataclasses
-from collections.abc import Callable
+import itertools
 
-import aot_hlo
 import numpy as np
 from aot_programs import Program, Shapes
 from aot_target import Target
 
-from jchameleon.pallas.paged_attention import CONTEXT_TOKENS_PER_STEP
+from jchameleon.config import RESERVED_PAGES
 from jchameleon.runtime.batch import StepRow
 from jchameleon.runtime.programs import StepBatch
 from jchameleon.runtime.transfer import piece_pages
-
-KernelBytes = Callable[[aot_hlo.Instruction], int | None]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -113,48 +110,32 @@ def program_floor(shapes: Shapes, program: Program, traffic: Traffic) -> Floor:
     return floor(shapes, int(size), traffic)
 
 
-def program_moved_bytes(
-    shapes: Shapes,
-    program: Program,
-    traffic: Traffic,
-    count_moved_bytes: KernelBytes = lambda _: None,
-) -> int | None:
-    """Return the bytes that a program moves, or None where a kernel's are unknown.
-
-    Args:
-      count_moved_bytes: of one call of a hand-written kernel, as only that kernel's
-        author can count them.
-    """
-    kind, _, size = program.name.rstrip("]").partition("[")
-    trips = {}
-    if kind != "commit":
-        batch = traffic_batch(shapes, int(size), traffic, prefill=kind == "prefill")
-        context = int(batch.context_tokens.max())
-        trips["paged_attention"] = -(-context // CONTEXT_TOKENS_PER_STEP)
-        trips["multi_lora"] = int(getattr(batch.lora, "count", 1))
-
-    def of_loop(one: aot_hlo.Instruction) -> int:
-        return next((n for scope, n in trips.items() if scope in one.scope), 1)
-
-    return aot_hlo.moved_bytes(program.module, of_loop, count_moved_bytes)
-
-
 def traffic_batch(
     shapes: Shapes, tokens: int, traffic: Traffic, *, prefill: bool
 ) -> StepBatch:
-    """Return the batch that the engine would build for this traffic."""
+    """Return the batch that the engine would build for this traffic.
+
+    Every page of a context or an adapter is a page of its own, whether or not the GPU
+    has as many.
+    """
     builder = shapes.builder
     length = min(traffic.context_tokens, tokens) if prefill else 1
     count = tokens // length
-    blocks = shapes.max_blocks
+    context = length if prefill else traffic.context_tokens
+    blocks = -(-context // shapes.config.kv_block_tokens)
+    free = itertools.count(RESERVED_PAGES)
+
+    def take(pages: int) -> np.ndarray:
+        return np.fromiter(itertools.islice(free, pages), np.int32, pages)
+
     uids = [f"adapter-{i}" for i in range(count)]
     for uid, rank in zip(uids, row_ranks(traffic, count), strict=True):
-        builder.place(uid, (2,) * shapes.layout.num_pages(rank))
+        builder.place(uid, tuple(take(shapes.layout.num_pages(rank))))
     rows = [
         StepRow(
             tokens=np.zeros(length, np.int32),
             start=0 if prefill else traffic.context_tokens - 1,
-            pages=np.full(blocks, 2, np.int32),
+            pages=np.pad(take(blocks), (0, shapes.max_blocks - blocks)),
             adapter_uid=uid,
             sampling=None,
         )

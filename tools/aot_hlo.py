@@ -54,6 +54,12 @@ class Instruction:
         found = re.search(r'op_name="([^"]*)"', self.attributes)
         return found[1] if found else ""
 
+    @property
+    def kernel_name(self) -> str:
+        """Name of the hand-written kernel that is called here, or nothing."""
+        own = self.opcode == "custom-call" and self.scope.endswith("/pallas_call")
+        return self.scope.split("/")[-2] if own else ""
+
 
 Computation = dict[str, Instruction]
 
@@ -173,46 +179,38 @@ def count_rematerialised(module: Module) -> int:
 
 def own_kernels(module: Module) -> set[str]:
     """Return the names of hand-written kernels that the module calls."""
-    return {
-        one.scope.split("/")[-2]
-        for _, one in module.launched()
-        if one.opcode == "custom-call" and one.scope.endswith("/pallas_call")
-    }
+    return {one.kernel_name for _, one in module.launched() if one.kernel_name}
 
 
 def moved_bytes(
     module: Module,
     trips: Callable[[Instruction], int],
-    kernel_bytes: Callable[[Instruction], int | None],
-) -> int | None:
-    """Return the bytes that launched instructions read and write, caches ignored.
+    kernel_bytes: Callable[[Instruction], int],
+) -> Iterator[tuple[Instruction, int, int]]:
+    """Yield (instruction, runs, bytes of all runs) of launches, caches ignored.
 
     A fusion reads its operands once, and of one that it only gathers or slices from
     what the gather yields; it writes its result, or in place what it updates.
 
     Args:
       trips: of a loop, for the step in question.
-      kernel_bytes: bytes of a hand-written kernel, or None if nobody counted them;
-        then the sum is None as well.
+      kernel_bytes: bytes of one run of a hand-written kernel.
     """
 
-    def of_computation(name: str) -> int | None:
-        total = 0
+    def of_computation(name: str, runs: int) -> Iterator[tuple[Instruction, int, int]]:
         for one in module.computations[name].values():
             if one.opcode == "while":
                 assert one.called is not None
-                body = of_computation(one.called)
-                part = None if body is None else body * trips(one)
-            elif one.opcode == "custom-call" and one.scope.endswith("/pallas_call"):
+                yield from of_computation(one.called, runs * trips(one))
+                continue
+            if one.kernel_name:
                 part = kernel_bytes(one)
             else:
                 part = _instruction_bytes(module, name, one)
-            if part is None:
-                return None
-            total += part
-        return total
+            if part:
+                yield one, runs, runs * part
 
-    return of_computation(module.entry)
+    return of_computation(module.entry, 1)
 
 
 def _instruction_bytes(module: Module, place: str, one: Instruction) -> int:

@@ -32,14 +32,14 @@ class Report:
     Attributes:
       sampling_compile_s: by program, of those that draw tokens.
       floors: `aot_floor.Floor` of each program, in their order.
-      moved_bytes: of each program, None where nobody counted.
+      parts: `aot_moved.Part`s of each program.
     """
 
     target: aot_target.Target
     shapes: Any
     programs: list[Any]
     floors: list[Any]
-    moved_bytes: list[int | None]
+    parts: list[list[Any]]
     sampling_compile_s: dict[str, float]
 
     def to_dict(self) -> dict[str, Any]:
@@ -68,14 +68,26 @@ class Report:
                         for kernel in program.kernels
                     ],
                     "floor_s": floor.seconds(self.target),
-                    "moved_bytes": moved,
+                    "moved_bytes": moved_bytes(parts),
+                    "distinct_bytes": distinct_bytes(parts),
                     "fewest_bytes": floor.fewest_bytes,
+                    "moved": [dataclasses.asdict(part) for part in parts],
                 }
-                for program, floor, moved in zip(
-                    self.programs, self.floors, self.moved_bytes, strict=True
+                for program, floor, parts in zip(
+                    self.programs, self.floors, self.parts, strict=True
                 )
             ],
         }
+
+
+def moved_bytes(parts: Sequence[Any]) -> int:
+    """Return the bytes of all executed loads and stores of a program's parts."""
+    return sum(part.executed_bytes for part in parts)
+
+
+def distinct_bytes(parts: Sequence[Any]) -> int:
+    """Return the same with what one launch reads again counted once."""
+    return sum(part.distinct_bytes for part in parts)
 
 
 def report(
@@ -98,6 +110,7 @@ def report(
     """
     target = aot_target.read_target(target_name)
     import aot_floor
+    import aot_moved
     import aot_programs
 
     from jchameleon.config import EngineConfig, ModelConfig, default_max_model_len
@@ -135,9 +148,8 @@ def report(
         floors=[
             aot_floor.program_floor(shapes, program, traffic) for program in programs
         ],
-        moved_bytes=[
-            aot_floor.program_moved_bytes(shapes, program, traffic)
-            for program in programs
+        parts=[
+            aot_moved.program_parts(shapes, program, traffic) for program in programs
         ],
         sampling_compile_s=aot_programs.compile_sampling(shapes, rows),
     )
@@ -167,22 +179,34 @@ def print_report(done: Report) -> None:
     print(f"\nsampling, compile: {sampling}\n")
     print(
         "| program | weights MB | KV MB | adapters MB | activations MB | GFLOP "
-        "| floor ms | moved MB | moved / fewest |"
+        "| floor ms | fewest MB | moved MB | ratio | distinct MB | ratio |"
     )
-    print("|---" * 9 + "|")
-    for one, floor, moved in zip(
-        done.programs, done.floors, done.moved_bytes, strict=True
-    ):
-        ratio = "" if moved is None else f"{moved / floor.fewest_bytes:.2f}"
+    print("|---" * 12 + "|")
+    for one, floor, parts in zip(done.programs, done.floors, done.parts, strict=True):
+        fewest = floor.fewest_bytes
+        moved, distinct = moved_bytes(parts), distinct_bytes(parts)
         print(
             f"| {one.name} | {floor.weights_bytes / 1e6:.1f} "
             f"| {floor.kv_bytes / 1e6:.1f} | {floor.adapters_bytes / 1e6:.1f} "
             f"| {floor.activations_bytes / 1e6:.2f} | {floor.flops / 1e9:.1f} "
-            f"| {floor.seconds(done.target) * 1e3:.3f} "
-            f"| {'not counted' if moved is None else f'{moved / 1e6:.1f}'} | {ratio} |"
+            f"| {floor.seconds(done.target) * 1e3:.3f} | {fewest / 1e6:.1f} "
+            f"| {moved / 1e6:.1f} | {moved / fewest:.2f} "
+            f"| {distinct / 1e6:.1f} | {distinct / fewest:.2f} |"
         )
+    for one, parts in zip(done.programs, done.parts, strict=True):
+        _print_parts(one, parts)
     for one in done.programs:
         _print_kernels(one)
+
+
+def _print_parts(program: Any, parts: list[Any]) -> None:
+    print(f"\n{program.name}: what moves")
+    print("| kind | launches | moved MB | distinct MB |\n|---|---|---|---|")
+    for part in parts:
+        print(
+            f"| {part.kind} | {part.launches} | {part.executed_bytes / 1e6:.2f} "
+            f"| {part.distinct_bytes / 1e6:.2f} |"
+        )
 
 
 def _print_kernels(program: Any) -> None:
