@@ -87,9 +87,12 @@ test-gpu-aot: .venv-gpu-aot/.ready
 	@.venv-gpu-aot/bin/python -m pytest $(PYTEST_ARGS) tests/test_gpu_aot.py
 
 test-gpu-aot-full: .venv-gpu-aot/.ready
-	@for target in a40 a100 h100; do for model in llama-7b llama-3-8b smollm2-135m; do \
+	@for sizes in '16 1024' '64 2048'; do \
+		for target in a40 a100 h100; do for model in llama-7b llama-3-8b smollm2-135m; do \
 		.venv-gpu-aot/bin/python -m pytest $(PYTEST_ARGS) tests/test_gpu_aot.py \
-			--timeout 900 --gpu-target $$target --gpu-model $$model; done; done
+			--timeout 900 --gpu-target $$target --gpu-model $$model \
+			--gpu-rows $${sizes% *} --gpu-prefill-tokens $${sizes#* } \
+			--gpu-context-tokens 1024; done; done; done
 
 bench-planner: .venv-test/.ready
 	@mkdir -p build

@@ -33,3 +33,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="append",
         help="a model whose programs to compile, or several; smollm2-135m if none",
     )
+    for name, number in (
+        ("rows", 16),
+        ("prefill-tokens", 256),
+        ("context-tokens", 256),
+    ):
+        parser.addoption(
+            f"--gpu-{name}",
+            type=int,
+            default=number,
+            help=f"{name} of those programs; {number}",
+        )

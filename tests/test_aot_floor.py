@@ -4,6 +4,7 @@ import aot_floor
 import aot_programs
 import aot_target
 import jax
+import numpy as np
 import pytest
 
 from jchameleon.config import EngineConfig, ModelConfig
@@ -49,6 +50,11 @@ def test_prefill_floor_is_set_by_operations(shapes):
 def test_traffic_is_laid_out_as_the_engine_would(shapes):
     batch = aot_floor.traffic_batch(shapes, 16, TRAFFIC, prefill=False)
     assert batch.context_tokens.tolist() == [1024] * 16
+    # 64 blocks of 16 tokens a row, 2 pages a chunk: each page is named once.
+    named = np.concatenate([batch.page_table[:, :64].ravel(), batch.lora.pages.ravel()])
+    named = named[named > 0]
+    assert len(named) == len(set(named.tolist())) == 16 * 64 + 94 * 2
+    assert aot_floor.batch_pages(batch) == 2 + len(named)
     # 94 chunks of 8 ranks, 16 an item.
     assert int(batch.lora.count) == 6
     batch = aot_floor.traffic_batch(shapes, 2048, TRAFFIC, prefill=True)

@@ -4,9 +4,14 @@ The figures were set with the first kernels that met them: what they used, and a
 room. A kernel here is one of ours; what XLA generates has fewer bars.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from aot_kernels import Kernel
+from aot_target import Target
+
+if TYPE_CHECKING:  # they import jax, which waits for `aot_target.prepare`
+    from aot_floor import Floor
+    from aot_programs import Program
 
 DECODE_REGISTERS = 128
 PREFILL_REGISTERS = 200
@@ -22,8 +27,22 @@ DECODE_TEMP_BYTES = 500_000
 PREFILL_TEMP_BYTES = 130_000
 """Temporary memory of prefill, for each token."""
 
+MOST_TIMES_FLOOR = 1.15
+"""Moved bytes alone may take this many times a program's floor. Where the floor is
+bytes, as in decode, that is moved over fewest bytes."""
+
+SMALL_WEIGHTS_BYTES = 1_000_000_000
+MOST_TIMES_FLOOR_SMALL = 4.0
+"""Of a model of fewer weights than that: the fewest bytes take activations to stay on
+chip, and they are as many as its weights."""
+
+LEAST_TIMES_FLIGHT = 2.0
+"""Bytes under way against what fills the bus: loads do not come evenly."""
+
+IDLE_COMPILE_S = 10.0
 COMPILE_S = 60.0
-"""Ten seconds are expected; a busy machine takes longer, a broken program much more."""
+"""Ten seconds are expected of an idle machine, and the report warns beyond; a busy one
+takes longer, a broken program much more."""
 
 
 def kernel_faults(kernel: Kernel, *, decode: bool) -> list[str]:
@@ -59,7 +78,43 @@ def generated_faults(kernel: Kernel) -> list[str]:
     return faults
 
 
-def program_faults(program: Any, *, layers: int, pool_bytes: int) -> list[str]:
+def flight_faults(kernel: Kernel, target: Target) -> list[str]:
+    """Return a line if a decode kernel that copies ahead has too little under way."""
+    least = LEAST_TIMES_FLIGHT * target.flight_bytes
+    if not kernel.instructions.bytes_ahead or kernel.flight_bytes >= least:
+        return []
+    return [
+        f"{kernel.name}: {kernel.flight_bytes} bytes in flight on a multiprocessor, at "
+        f"least {least:.0f}"
+    ]
+
+
+def moved_faults(
+    name: str, moved_bytes: int, floor: "Floor", target: Target
+) -> list[str]:
+    """Return a line if what a program moves takes longer than its floor allows."""
+    times = moved_bytes / target.bandwidth_bytes_per_s / floor.seconds(target)
+    small = floor.weights_bytes < SMALL_WEIGHTS_BYTES
+    most = MOST_TIMES_FLOOR_SMALL if small else MOST_TIMES_FLOOR
+    if times <= most:
+        return []
+    return [
+        f"{name}: moves {moved_bytes} bytes, which takes {times:.2f} times the floor, "
+        f"at most {most}"
+    ]
+
+
+def compile_warnings(program: "Program") -> list[str]:
+    """Return a line if a program compiled slower than an idle machine should."""
+    if program.compile_s <= IDLE_COMPILE_S:
+        return []
+    return [
+        f"{program.name} took {program.compile_s:.0f} s to compile; an idle machine "
+        f"should take {IDLE_COMPILE_S:.0f} s at most"
+    ]
+
+
+def program_faults(program: "Program", *, layers: int, pool_bytes: int) -> list[str]:
     """Return a line for each bar that an `aot_programs.Program` misses."""
     kind, _, size = program.name.rstrip("]").partition("[")
     faults = []

@@ -1,12 +1,12 @@
 """Run a traced function's integers, and nothing else.
 
-What a kernel reads and writes is decided by integers and truth values: page tables, work
-lists, masks, counts of turns. They are computed here for real, by numpy, while every
-float is `UNKNOWN`. All programs of a grid run side by side: each array has a leading
-axis of programs, of length 1 where all agree, and each branch or turn of a loop is run
-by those programs alone that take it.
+What a kernel reads and writes is decided by integers and truth values: page tables,
+work lists, masks, counts of turns. They are computed here for real, by numpy, while
+every float is `UNKNOWN`. All programs of a grid run side by side: each array has a
+leading axis of programs, of length 1 where all agree, and each branch or turn of a loop
+is run by those programs alone that take it.
 
-An address, a mask or a count that hangs on something unknown raises; nothing is guessed.
+An address, a mask or a count that hangs on something unknown raises: no guesses.
 """
 
 import math
@@ -132,9 +132,7 @@ class Evaluator:
             merged = out if merged is None else _merge(taken, out, merged)
         return merged or []
 
-    def _while(
-        self, params: Any, values: list[Value], live: np.ndarray
-    ) -> list[Value]:
+    def _while(self, params: Any, values: list[Value], live: np.ndarray) -> list[Value]:
         split = params["cond_nconsts"], params["body_nconsts"]
         of_cond, rest = values[: split[0]], values[split[0] :]
         of_body, carry = rest[: split[1]], rest[split[1] :]
@@ -146,9 +144,7 @@ class Evaluator:
             live = live & demand(goes_on, "a loop")
             if not live.any():
                 return carry
-            out = self._run(
-                body.jaxpr, lift_all(body.consts), [*of_body, *carry], live
-            )
+            out = self._run(body.jaxpr, lift_all(body.consts), [*of_body, *carry], live)
             carry = _merge(live, out, carry)
 
     def _scan(self, params: Any, values: list[Value], live: np.ndarray) -> list[Value]:
@@ -214,12 +210,12 @@ def demand(value: Value, what: str) -> np.ndarray:
 
 
 def thin(array: np.ndarray) -> np.ndarray:
-    """Return an array without the repeats of a broadcast: axes of stride 0 get size 1."""
+    """Return an array without a broadcast's repeats: axes of stride 0 get size 1."""
     return array[tuple(slice(1) if s == 0 else slice(None) for s in array.strides)]
 
 
 def align(value: np.ndarray, rank: int) -> np.ndarray:
-    """Return a value thin and with `rank` axes behind the programs'; scalars get them."""
+    """Return a value thin, with `rank` axes behind the programs' one."""
     if value.ndim == 1:
         value = value.reshape(value.shape + (1,) * rank)
     assert value.ndim == rank + 1, (value.shape, rank)
@@ -264,6 +260,8 @@ def _offsets(transforms: Any, shape: tuple[int, ...]) -> np.ndarray:
     Index arrays come first in the result, slices of the array behind them (Pallas'
     Triton lowering, `_compute_offsets_from_indices`).
     """
+    if not transforms:  # all of the array
+        return np.arange(math.prod(shape)).reshape(1, *shape)
     (indexer,) = transforms
     ints = len(indexer.int_indexer_shape)
     sizes = indexer.shape
@@ -288,9 +286,7 @@ def _offsets(transforms: Any, shape: tuple[int, ...]) -> np.ndarray:
     return total
 
 
-def _lanes(
-    mask: Value | None, live: np.ndarray, shape: tuple[int, ...]
-) -> np.ndarray:
+def _lanes(mask: Value | None, live: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     """Return thin bool[programs, *shape], the elements that an access touches."""
     lanes = align(live, len(shape))
     if mask is None:
@@ -371,9 +367,7 @@ def _reshape(values: list[np.ndarray], shape: tuple[int, ...], _: Any) -> np.nda
     return values[0].reshape(values[0].shape[0], *shape)
 
 
-def _transpose(
-    values: list[np.ndarray], _: tuple[int, ...], params: Any
-) -> np.ndarray:
+def _transpose(values: list[np.ndarray], _: tuple[int, ...], params: Any) -> np.ndarray:
     return values[0].transpose(0, *(axis + 1 for axis in params["permutation"]))
 
 

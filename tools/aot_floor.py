@@ -147,6 +147,11 @@ def traffic_batch(
     return batch
 
 
+def batch_pages(batch: StepBatch) -> int:
+    """Return how many pages a pool must have for the pages that a batch names."""
+    return 1 + max(int(np.max(leaf)) for leaf in (batch.page_table, batch.lora.pages))
+
+
 def _step_floor(
     shapes: Shapes,
     *,

@@ -14,7 +14,7 @@ import aot_hlo
 import jax
 import numpy as np
 from aot_evaluate import UNKNOWN, Evaluator, Value, lift_all, spread
-from aot_floor import Traffic, traffic_batch
+from aot_floor import Traffic, batch_pages, traffic_batch
 from aot_programs import Program, Shapes
 
 from jchameleon.pallas.paged_attention import CONTEXT_TOKENS_PER_STEP
@@ -88,9 +88,7 @@ class DeviceArray:
         repeats = math.prod(
             full // part for full, part in zip(shape, lanes.shape[1:], strict=True)
         )
-        self.executed_bytes += (
-            int(np.count_nonzero(lanes)) * repeats * self._item_bytes
-        )
+        self.executed_bytes += int(np.count_nonzero(lanes)) * repeats * self._item_bytes
         offsets, lanes = np.broadcast_arrays(offsets, lanes)
         touched = offsets[lanes]
         if touched.size and not 0 <= touched.min() <= touched.max() < len(seen):
@@ -160,9 +158,9 @@ def step_moved(shapes: Shapes, batch: StepBatch) -> dict[str, Moved]:
       ValueError: launches of one kernel differ.
     """
     # Kernels do not ask how large the pool is; a small one is faster to keep track of.
-    pages = 1 + max(int(np.max(leaf)) for leaf in (batch.page_table, batch.lora.pages))
+    pages = batch_pages(batch)
     pools = [
-        jax.ShapeDtypeStruct((pages, *pool.shape[1:]), pool.dtype)
+        jax.ShapeDtypeStruct((pages, pool.shape[1]), pool.dtype)
         for pool in shapes.pools
     ]
     step = functools.partial(

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import aot_bars
 import aot_target
 
 MODELS = ("llama-7b", "llama-13b", "llama-3-8b", "smollm2-135m")
@@ -42,10 +43,34 @@ class Report:
     parts: list[list[Any]]
     sampling_compile_s: dict[str, float]
 
+    @property
+    def faults(self) -> list[str]:
+        """A line for each bar of `aot_bars` that is missed."""
+        pools = self.shapes.pools
+        faults = []
+        for one, floor, parts in zip(
+            self.programs, self.floors, self.parts, strict=True
+        ):
+            faults += aot_bars.program_faults(
+                one,
+                layers=len(pools),
+                pool_bytes=sum(pool.size * pool.dtype.itemsize for pool in pools),
+            )
+            if not one.own_kernels:
+                continue
+            faults += aot_bars.moved_faults(
+                one.name, moved_bytes(parts), floor, self.target
+            )
+            for kernel in one.kernels:
+                if one.name.startswith("decode") and kernel.name in one.own_kernels:
+                    faults += aot_bars.flight_faults(kernel, self.target)
+        return faults
+
     def to_dict(self) -> dict[str, Any]:
         """Return what --json writes."""
         return {
             "target": self.target.name,
+            "faults": self.faults,
             "programs": [
                 {
                     "name": program.name,
@@ -62,6 +87,7 @@ class Report:
                             "spill_bytes": kernel.spill_bytes,
                             "shared_bytes": kernel.shared_bytes,
                             "occupancy": kernel.occupancy,
+                            "flight_bytes": kernel.flight_bytes,
                             "mma": kernel.instructions.mma,
                             "vector_loads": kernel.vector_loads,
                         }
@@ -193,6 +219,11 @@ def print_report(done: Report) -> None:
             f"| {moved / 1e6:.1f} | {moved / fewest:.2f} "
             f"| {distinct / 1e6:.1f} | {distinct / fewest:.2f} |"
         )
+    for fault in done.faults:
+        print(f"\nmissed: {fault}")
+    for one in done.programs:
+        for warning in aot_bars.compile_warnings(one):
+            print(f"\nwarning: {warning}")
     for one, parts in zip(done.programs, done.parts, strict=True):
         _print_parts(one, parts)
     for one in done.programs:
@@ -213,16 +244,16 @@ def _print_kernels(program: Any) -> None:
     print(f"\n{program.name}: {len(program.kernels)} kernels")
     print(
         "| kernel | registers | spill B | shared B | threads | blocks/SM | occupancy "
-        "| mma | of them halved | 16 B copies | 16 B loads | 2 B loads |"
+        "| KB in flight | mma | of them halved | 16 B copies | 16 B loads | 2 B loads |"
     )
-    print("|---" * 12 + "|")
+    print("|---" * 13 + "|")
     for kernel in sorted(program.kernels, key=lambda kernel: kernel.name):
         found = kernel.instructions
         print(
             f"| {kernel.name} | {kernel.registers} | {kernel.spill_bytes} "
             f"| {kernel.shared_bytes} | {kernel.threads} | {kernel.blocks} "
-            f"| {kernel.occupancy:.2f} | {found.mma} | {found.halved} "
-            f"| {found.copies_16} | {found.loads_16} | {found.loads_2} |"
+            f"| {kernel.occupancy:.2f} | {kernel.flight_bytes / 1e3:.0f} "
+            f"| {found.mma} | {found.halved} | {found.copies_16} | {found.loads_16} | {found.loads_2} |"
         )
 
 

@@ -18,6 +18,10 @@ ROOT = Path(__file__).resolve().parent.parent
 BACKENDS = ("pallas", "xla")
 TARGETS = ("a40", "a100", "h100")
 
+MEMORY_LATENCY_S = 600e-9
+"""From device memory, roughly: 450 to 650 ns are measured on Ampere and Hopper when
+the bus is idle."""
+
 WHEELS = {
     "jax_cuda12_plugin": "jax-cuda12-plugin",
     "jax_plugins.xla_cuda12": "jax-cuda12-pjrt",
@@ -47,6 +51,14 @@ class Target:
     memory_bytes: int
     bandwidth_bytes_per_s: float
     bf16_flops_per_s: float
+
+    @property
+    def flight_bytes(self) -> float:
+        """Bytes that each multiprocessor must wait for at once to fill the bus.
+
+        Little's law: bandwidth times latency.
+        """
+        return self.bandwidth_bytes_per_s * MEMORY_LATENCY_S / self.cores
 
 
 def read_target(name: str) -> Target:
