@@ -186,16 +186,31 @@ def test_loop_runs_each_programs_own_turns():
     assert found.executed_bytes == 4 * (8 + sum(range(8)) + 8)
 
 
+def test_value_that_leaves_a_loop_is_each_programs_own():
+    def kernel(_, out_ref):
+        program = pl.program_id(0)
+        total = lax.fori_loop(
+            np.int32(0), program, lambda _, total: total + np.int32(1), np.int32(0)
+        )
+        out_ref[total] = program
+
+    assert moved_by(kernel, EIGHT, grid=(8,)).distinct_bytes == 4 * 8
+
+
 def test_branch_is_run_by_those_programs_alone_that_take_it():
     def kernel(x_ref, out_ref):
         program = pl.program_id(0)
 
         @pl.when(x_ref[program] >= np.int32(6))
         def _():
-            out_ref[program] = x_ref[np.int32(7) - program]
+            lane = jnp.arange(4, dtype=jnp.int32)
+            mask = lane < np.int32(3)
+            value = _compat.load(x_ref.at[lane], mask=mask, other=np.int32(0))
+            out_ref[program] = value.sum()
 
     found = moved_by(kernel, EIGHT, grid=(8,))
-    assert found.executed_bytes == 4 * (8 + 2 + 2)
+    # All read what they decide by; programs 6 and 7 load three and store one.
+    assert found.executed_bytes == 4 * (8 + 2 * (3 + 1))
 
 
 def test_masked_elements_do_not_count_and_may_lie_anywhere():
@@ -211,11 +226,12 @@ def test_masked_elements_do_not_count_and_may_lie_anywhere():
 
 
 def test_aliased_arrays_are_one_memory():
-    def kernel(_, out_ref):
-        out_ref[pl.ds(0, 4)] = out_ref[pl.ds(2, 4)]
+    def kernel(x_ref, out_ref):
+        low = pl.ds(0, 4)
+        out_ref[pl.ds(2, 4)] = x_ref[low] + out_ref[low]
 
     found = moved_by(kernel, EIGHT, input_output_aliases={0: 0})
-    assert found.executed_bytes == 4 * (4 + 4)
+    assert found.executed_bytes == 4 * (4 + 4 + 4)
     assert found.distinct_bytes == 4 * (4 + 4)  # loaded and stored
 
 

@@ -253,7 +253,8 @@ def _print_kernels(program: Any) -> None:
             f"| {kernel.name} | {kernel.registers} | {kernel.spill_bytes} "
             f"| {kernel.shared_bytes} | {kernel.threads} | {kernel.blocks} "
             f"| {kernel.occupancy:.2f} | {kernel.flight_bytes / 1e3:.0f} "
-            f"| {found.mma} | {found.halved} | {found.copies_16} | {found.loads_16} | {found.loads_2} |"
+            f"| {found.mma} | {found.halved} | {found.copies_16} "
+            f"| {found.loads_16} | {found.loads_2} |"
         )
 
 
