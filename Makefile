@@ -1,7 +1,7 @@
 # Every target makes what it needs: a virtual environment of its own, rebuilt when
 # pyproject.toml changes. Set PYTHON to use another interpreter.
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format smoke-py312 test-gpu-aot test-gpu-aot-full \
+.PHONY: help demo serve-demo test lint format smoke-py312 test-gpu-aot test-gpu-aot-full \
 	bench-planner experiments clean
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -32,6 +32,7 @@ endef
 
 help:
 	@echo "make demo           one model answers through several LoRA adapters in one batch"
+	@echo "make serve-demo     the same model and adapters over gRPC, until Ctrl-C"
 	@echo "make test           all tests (Python 3.11 also runs the parity tests)"
 	@echo "make lint           ruff and mypy"
 	@echo "make format         rewrite the sources as the linter wants them"
@@ -66,6 +67,9 @@ help:
 demo: .venv-demo/.ready
 	@.venv-demo/bin/python tools/demo.py
 
+serve-demo: .venv-demo/.ready
+	@.venv-demo/bin/jchameleon serve configs/serve-demo.toml
+
 test: .venv-test/.ready
 	@.venv-test/bin/python -m pytest --numprocesses 2 --dist loadfile $(PYTEST_ARGS)
 
@@ -87,12 +91,10 @@ test-gpu-aot: .venv-gpu-aot/.ready
 	@.venv-gpu-aot/bin/python -m pytest $(PYTEST_ARGS) tests/test_gpu_aot.py
 
 test-gpu-aot-full: .venv-gpu-aot/.ready
-	@for sizes in '16 1024' '64 2048'; do \
-		for target in a40 a100 h100; do for model in llama-7b llama-3-8b smollm2-135m; do \
+	@for target in a40 a100 h100; do for model in llama-7b llama-3-8b smollm2-135m; do \
 		.venv-gpu-aot/bin/python -m pytest $(PYTEST_ARGS) tests/test_gpu_aot.py \
 			--timeout 900 --gpu-target $$target --gpu-model $$model \
-			--gpu-rows $${sizes% *} --gpu-prefill-tokens $${sizes#* } \
-			--gpu-context-tokens 1024; done; done; done
+			--gpu-step 16,512 --gpu-step 64,2048; done; done
 
 bench-planner: .venv-test/.ready
 	@mkdir -p build

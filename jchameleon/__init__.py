@@ -41,6 +41,9 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module("jchameleon.errors")
     if name not in _HOMES:
         raise AttributeError(f"module 'jchameleon' has no attribute {name!r}")
+    if name == "LLM":
+        # Before jax is imported, and never for those who want no jax.
+        importlib.import_module("jchameleon.runtime.xla_env").prepare()
     value = getattr(importlib.import_module(_HOMES[name]), name)
     globals()[name] = value
     return value

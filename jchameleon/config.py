@@ -225,15 +225,18 @@ class EngineConfig:
       max_waiting: requests queued beyond those; one more is refused.
       max_batch_tokens: tokens of one iteration, prompt chunks and decode rows together.
       kv_block_tokens: tokens of a KV block; one page holds one block.
-      pool_bytes: device bytes for KV blocks and adapters together; None takes 1 GiB,
-        less where so much can never be used, more where one request needs it.
+      pool_bytes: device bytes for KV blocks and adapters together; None takes what a
+        GPU has left, or 1 GiB on a CPU, more where one request needs it; less in both
+        cases where so much can never be used.
       lora_targets: projections that adapters may touch, fixed at start; None takes
         q, k, v, o and whatever else the adapters given at start touch. An empty list
         leaves LoRA out of the programs, and every adapter is refused.
       max_lora_rank: adapters above are refused.
-      max_loads_in_flight: adapter loads under way at once (bounds staging memory).
+      max_loads_in_flight: adapter loads under way at once. A GPU keeps room for so many
+        of `max_lora_rank` on their way.
       host_cache_bytes: host memory that keeps adapter weights; those used longest ago
         are read from disk again. An adapter larger than this is loaded, but not kept.
+        Beside a GPU they are pinned, packed as the pool holds them.
       link_bytes_per_s: bandwidth of an emulated link that all adapter loads share, for
         machines whose device memory is host memory; None emulates nothing.
       link_latency_s: seconds that the emulated link adds to every load.

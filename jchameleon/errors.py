@@ -34,6 +34,14 @@ class AdapterError(JChameleonError, ValueError):
     """An adapter cannot be applied exactly as PEFT would, so it is refused."""
 
 
+class AdapterReadError(AdapterError):
+    """An adapter's files cannot be read now, as on an I/O error; they may be later."""
+
+
+class AdapterContentError(AdapterError):
+    """An adapter's files hold other content than the caller expects."""
+
+
 class AdapterConflictError(AdapterError):
     """A name is taken by an adapter with other content."""
 
@@ -42,12 +50,20 @@ class UnknownAdapterError(JChameleonError, LookupError):
     """No adapter is registered under this name."""
 
 
+class AdapterDrainingError(UnknownAdapterError):
+    """A name was unregistered, and requests accepted before still run under it."""
+
+
 class AdapterBusyError(JChameleonError, TimeoutError):
     """An adapter that is being unregistered is still in use; says by what."""
 
 
 class InvalidRequestError(JChameleonError, ValueError):
     """A prompt or a sampling value is outside what the model or engine allows."""
+
+
+class DuplicateRequestError(InvalidRequestError):
+    """A request of this id is in flight."""
 
 
 class CapacityError(InvalidRequestError):

@@ -9,7 +9,7 @@ import threading
 from pathlib import Path
 
 from jchameleon.config import PROJECTIONS, is_number
-from jchameleon.errors import InvalidRequestError
+from jchameleon.errors import AdapterContentError, InvalidRequestError
 from jchameleon.lora.adapter import AdapterCard
 from jchameleon.outputs import AdapterInfo, AdapterTier
 from jchameleon.runtime.adapters import AdapterRegistry
@@ -46,13 +46,30 @@ class AdapterLifecycle:
         for uid in dict.fromkeys(registry.names().values()):
             engine.adapters.register(registry.card(uid))
 
+    def validate(self, name: str, path: str | Path) -> AdapterCard:
+        """See `LLM.validate_adapter`."""
+        card = self._registry.load(name, path).card
+        self._engine.adapters.check(card)
+        return card
+
     def register(
-        self, name: str, path: str | Path, *, replace: bool, pin: bool
+        self,
+        name: str,
+        path: str | Path,
+        *,
+        replace: bool,
+        pin: bool,
+        expected_uid: str | None,
     ) -> AdapterInfo:
         """See `LLM.register_adapter`."""
         _check_switch("replace", replace)
         _check_switch("pin", pin)
         adapter = self._registry.load(name, path)
+        if expected_uid not in (None, adapter.uid):
+            raise AdapterContentError(
+                f"adapter {name!r}: {str(path)!r} has content {adapter.uid}, not the "
+                f"expected {expected_uid!r:.80}"
+            )
         with self._changes:
             if not replace:
                 self._registry.check(name, adapter)
@@ -156,7 +173,7 @@ class AdapterLifecycle:
         self, binding: Binding, card: AdapterCard, stats: AdapterStats
     ) -> AdapterInfo:
         size_bytes = self._layout.num_pages(card.rank) * self._page_bytes
-        host_bytes = card.num_bytes if self._host.holds(card.uid) else 0
+        host_bytes = self._host.held_bytes(card.uid)
         tier: AdapterTier = "host" if host_bytes else "disk"
         if stats.state == "resident":
             tier = "device"

@@ -15,6 +15,7 @@ from typing import Any, Self
 from jchameleon.config import EngineConfig
 from jchameleon.errors import ConfigError, InvalidRequestError, JChameleonError
 from jchameleon.lifecycle import AdapterLifecycle
+from jchameleon.lora.adapter import AdapterCard
 from jchameleon.lora.peft import load_peft_adapter
 from jchameleon.models.chat import ChatTemplate
 from jchameleon.models.conversation import (
@@ -24,15 +25,23 @@ from jchameleon.models.conversation import (
 )
 from jchameleon.models.export import save_model
 from jchameleon.models.loader import LoadedModel, load_model
-from jchameleon.outputs import AdapterInfo, EngineStats, RequestDelta, RequestOutput
-from jchameleon.requests import Call, Caller, Prompt, RequestStream
+from jchameleon.outputs import (
+    AdapterInfo,
+    EngineFacts,
+    EngineStats,
+    RequestDelta,
+    RequestOutput,
+)
+from jchameleon.requests import Call, Caller, CallRequest, Prompt, RequestStream
 from jchameleon.runtime.adapters import AdapterRegistry
 from jchameleon.runtime.engine import Engine
 from jchameleon.runtime.host_store import HostStore
+from jchameleon.runtime.outbox import Outbox
 from jchameleon.runtime.policy.presets import build_policies, load_policy
 from jchameleon.runtime.programs import host_params
 from jchameleon.runtime.records import StepRecord
 from jchameleon.runtime.setup import build_executor, start_engine
+from jchameleon.runtime.staging import choose_staging
 from jchameleon.runtime.transfer import emulated_link
 from jchameleon.sampling import SamplingParams
 
@@ -102,7 +111,7 @@ class LLM:
             self._executor,
             planner,
             log,
-            self._registry.get,
+            choose_staging(self._executor, self._host),
             self._registry,
         )
         self._caller = Caller(
@@ -153,7 +162,7 @@ class LLM:
         Raises:
           JChameleonError: a prompt, adapter or sampling value is wrong; nothing of the
             call has run then. A request that fails later is returned with
-            finish_reason "error".
+            finish_reason "error", and a `fault` that says what kind of reason it was.
         """
         call = self._caller.call(prompts, adapters, sampling, cache_salt)
         with self._open(call):
@@ -180,6 +189,28 @@ class LLM:
 
         return RequestStream(deltas(), call.submissions)
 
+    def prepare(
+        self,
+        request_id: str,
+        prompt: Prompt,
+        adapter: str | None,
+        sampling: SamplingParams,
+        *,
+        cache_salt: str | None,
+        outbox: Outbox,
+    ) -> CallRequest:
+        """Return a validated request, for callers that submit at their own pace.
+
+        `engine.submit` takes its submissions; each sends its deltas to `outbox`.
+        Whoever does not submit one abandons it.
+
+        Raises:
+          JChameleonError: as `generate`.
+        """
+        return self._caller.request(
+            request_id, prompt, adapter, sampling, cache_salt, outbox
+        )
+
     def cancel(self, request_id: str) -> None:
         """End a request as "aborted", all its completions; unknown ids are ignored."""
         call = self._calls.get(request_id) if isinstance(request_id, str) else None
@@ -195,6 +226,7 @@ class LLM:
         *,
         replace: bool = False,
         pin: bool = False,
+        expected_uid: str | None = None,
     ) -> AdapterInfo:
         """Register a PEFT directory under a name while requests run.
 
@@ -206,14 +238,30 @@ class LLM:
             for. Requests accepted before finish on the old content, which is then
             forgotten unless another name stands for it. A pin moves to the new one.
           pin: keep it on the device, as `pin_adapter` does.
+          expected_uid: refuse any other content than that of this uid.
 
         Raises:
+          AdapterContentError: it is not the expected content.
           AdapterError: it cannot be applied exactly as PEFT would, or touches
             projections that the engine was not started for.
           AdapterConflictError: the name stands for other content.
           CapacityError: it cannot fit in the pool, or not be pinned beside others.
         """
-        return self._adapters.register(name, path, replace=replace, pin=pin)
+        return self._adapters.register(
+            name, path, replace=replace, pin=pin, expected_uid=expected_uid
+        )
+
+    def adapter_bytes(self, rank: int) -> int:
+        """Return what an adapter of this rank takes on the device."""
+        return self._executor.layout.num_pages(rank) * self._page_bytes
+
+    def validate_adapter(self, name: str, path: str | Path) -> AdapterCard:
+        """Check a PEFT directory in full, as `register_adapter` does; change nothing.
+
+        Raises:
+          AdapterError, CapacityError: as `register_adapter`.
+        """
+        return self._adapters.validate(name, path)
 
     def unregister_adapter(
         self, name: str, *, timeout_s: float | None = None, force: bool = False
@@ -259,6 +307,18 @@ class LLM:
     def list_adapters(self) -> list[AdapterInfo]:
         """Return all registered adapters and those that still drain, by name."""
         return self._adapters.infos()
+
+    def facts(self) -> EngineFacts:
+        """Return what the engine is."""
+        executor = self._executor
+        return EngineFacts(
+            device=executor.device.device_kind,
+            backend=executor.backend,
+            dtype=str(executor.dtype),
+            lora_targets=executor.layout.targets,
+            pool_bytes=executor.pool_bytes,
+            policy=load_policy(executor.config.policy).source,
+        )
 
     def stats(self) -> EngineStats:
         """Return the engine's totals."""

@@ -3,7 +3,12 @@
 import dataclasses
 from typing import Any, Literal, Self
 
-from jchameleon.runtime.outbox import FinishReason, RequestTiming, TokenLogprobs
+from jchameleon.runtime.outbox import (
+    Fault,
+    FinishReason,
+    RequestTiming,
+    TokenLogprobs,
+)
 from jchameleon.runtime.policy.plan import Books, LaneStats
 
 
@@ -19,6 +24,8 @@ class CompletionOutput:
         itself first, then the likeliest.
       finish_reason: "stop", "length", "time_limit", "aborted" or "error".
       error: what went wrong, or why the engine cut it off.
+      fault: what kind of reason that was, for programs to act on; see
+        `jchameleon.runtime.faults`. None unless finish_reason is "aborted" or "error".
       timing: where the time went.
     """
 
@@ -28,6 +35,7 @@ class CompletionOutput:
     logprobs: tuple[TokenLogprobs, ...] | None
     finish_reason: FinishReason
     error: str | None
+    fault: Fault | None
     timing: RequestTiming
 
 
@@ -76,6 +84,11 @@ class RequestOutput:
         return self.outputs[0].error
 
     @property
+    def fault(self) -> Fault | None:
+        """What kind of reason that was."""
+        return self.outputs[0].fault
+
+    @property
     def timing(self) -> RequestTiming:
         """Where the time went."""
         return self.outputs[0].timing
@@ -92,7 +105,7 @@ class RequestDelta:
       text, token_ids: what is new since the completion's delta before.
       logprobs: of the new tokens, if asked for.
       prompt_logprobs: if asked for, once, at the first completion's first token.
-      finish_reason, error, timing: set in the completion's last delta only.
+      finish_reason, error, fault, timing: set in the completion's last delta only.
     """
 
     index: int
@@ -104,7 +117,28 @@ class RequestDelta:
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None
     finish_reason: FinishReason | None
     error: str | None
+    fault: Fault | None
     timing: RequestTiming | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class EngineFacts:
+    """What an engine is; nothing of it changes.
+
+    Attributes:
+      device: as jax names it.
+      backend: of the device operations.
+      lora_targets: projections that adapters may touch.
+      pool_bytes: device memory for KV blocks and adapters.
+      policy: name of the scheduling policy.
+    """
+
+    device: str
+    backend: str
+    dtype: str
+    lora_targets: tuple[str, ...]
+    pool_bytes: int
+    policy: str
 
 
 AdapterTier = Literal["device", "loading", "host", "disk"]

@@ -21,6 +21,7 @@ Prompt = str | Sequence[int]
 
 NEVER_RUN = Delta(
     finish_reason="aborted",
+    fault="cancelled",
     timing=RequestTiming(
         queue_s=0.0,
         adapter_load_s=0.0,
@@ -99,6 +100,7 @@ class Call:
                 prompt_logprobs=delta.prompt_logprobs,
                 finish_reason=delta.finish_reason,
                 error=delta.error,
+                fault=delta.fault,
                 timing=delta.timing,
             )
 
@@ -207,40 +209,47 @@ class Caller:
         requests = []
         with contextlib.ExitStack() as on_error:
             for prompt, adapter, params, salt in zip(*columns, strict=True):
-                submissions = self._prepare(
-                    prompt, adapter, params, salt, outbox, on_error
+                request = self.request(
+                    f"req-{next(self._ids)}", prompt, adapter, params, salt, outbox
                 )
-                requests.append(CallRequest(adapter=adapter, submissions=submissions))
+                for submission in request.submissions:
+                    on_error.callback(submission.abandon)
+                requests.append(request)
             on_error.pop_all()
         return Call(self._engine, requests)
 
-    def _prepare(
+    def request(
         self,
+        request_id: str,
         prompt: Prompt,
         adapter: str | None,
         sampling: SamplingParams,
         cache_salt: str | None,
         outbox: Outbox,
-        on_error: contextlib.ExitStack,
-    ) -> tuple[Submission, ...]:
-        """Validate one prompt; its claims are given up with `on_error`."""
-        request_id, lease = f"req-{next(self._ids)}", None
-        if adapter is not None:
-            lease = self._registry.lease(adapter, request_id)
-            on_error.callback(lease.abandon)
-        submissions = prepare_completions(
-            self._engine,
-            request_id,
-            self._encoded(prompt),
-            sampling,
-            adapter_uid=None if lease is None else lease.uid,
-            outbox=outbox,
-            lease=lease,
-            cache_salt=cache_salt,
-        )
-        for submission in submissions:
-            on_error.callback(submission.abandon)
-        return submissions
+    ) -> CallRequest:
+        """Return one valid request that has claimed its adapter.
+
+        Raises:
+          JChameleonError: what is wrong with it; nothing is claimed then.
+        """
+        tokens = self._encoded(prompt)
+        with contextlib.ExitStack() as on_error:
+            lease = None
+            if adapter is not None:
+                lease = self._registry.lease(adapter, request_id)
+                on_error.callback(lease.abandon)
+            submissions = prepare_completions(
+                self._engine,
+                request_id,
+                tokens,
+                sampling,
+                adapter_uid=None if lease is None else lease.uid,
+                outbox=outbox,
+                lease=lease,
+                cache_salt=cache_salt,
+            )
+            on_error.pop_all()
+        return CallRequest(adapter=adapter, submissions=submissions)
 
     def _encoded(self, prompt: Prompt) -> Sequence[int]:
         if not isinstance(prompt, str):
@@ -263,6 +272,7 @@ def _completion_output(index: int, whole: Delta) -> CompletionOutput:
         logprobs=whole.logprobs,
         finish_reason=whole.finish_reason,
         error=whole.error,
+        fault=whole.fault,
         timing=whole.timing,
     )
 

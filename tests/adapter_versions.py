@@ -56,5 +56,5 @@ def check_books(llm, names):
     assert llm._host._kept.keys() <= uids
     held_pages = stats.adapter_pages + stats.cached_pages
     assert stats.free_pages + held_pages == stats.total_pages
-    assert len(engine._open_ids) == 0
+    assert len(engine._door._open_ids) == 0
     return stats

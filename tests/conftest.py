@@ -33,14 +33,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="append",
         help="a model whose programs to compile, or several; smollm2-135m if none",
     )
-    for name, number in (
-        ("rows", 16),
-        ("prefill-tokens", 256),
-        ("context-tokens", 256),
-    ):
-        parser.addoption(
-            f"--gpu-{name}",
-            type=int,
-            default=number,
-            help=f"{name} of those programs; {number}",
-        )
+    parser.addoption(
+        "--gpu-step",
+        action="append",
+        metavar="ROWS,TOKENS",
+        help="rows of decode and tokens of prefill, or several pairs; 16,256 if none",
+    )

@@ -16,7 +16,12 @@ from jchameleon.config import PREFILL_TILE_TOKENS
 from jchameleon.llm import LLM
 from jchameleon.runtime.batch import StepRow
 from jchameleon.runtime.executor import Executor
-from jchameleon.runtime.transfer import Piece, piece_pages, split_pieces
+from jchameleon.runtime.pieces import (
+    Piece,
+    piece_pages,
+    split_blocks,
+    split_targets,
+)
 
 TIE_GAP = 1e-4
 """Below this gap between the reference's two best logits, rounding picks the token."""
@@ -86,9 +91,12 @@ def _place_adapter(llm: LLM, name: str, free: list[int]) -> None:
         registry.get(registry.resolve(name)), dtype=executor.dtype
     )
     pages = tuple(free.pop() for _ in range(packed.shape[1]))
+    piece = piece_pages(executor.layout)
     pieces = [
         Piece(pages=targets, block=jax.device_put(block, executor.device))
-        for targets, block in split_pieces(packed, pages, piece_pages(executor.layout))
+        for targets, block in zip(
+            split_targets(pages, piece), split_blocks(packed, piece), strict=True
+        )
     ]
     executor.commit(_uid(name), pages, pieces)
 

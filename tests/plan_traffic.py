@@ -11,6 +11,7 @@ from jchameleon.runtime.policy.events import (
     AdapterUnregistered,
     Arrival,
     Cancel,
+    DeviceLost,
     LoadDone,
     StepDone,
 )
@@ -40,8 +41,9 @@ FIFO = {
 class LooseEngine:
     """Does what plans say, at odd times and with odd results, and checks nothing."""
 
-    def __init__(self, planner, seed, priorities=(0,)):
+    def __init__(self, planner, seed, priorities=(0,), *, loses_device=False):
         self.planner = planner
+        self.loses_device = loses_device
         self.priorities = priorities
         self.rng = random.Random(seed)
         self.now_s = 1000 * self.rng.random()
@@ -111,7 +113,7 @@ class LooseEngine:
         for uid in [uid for uid in self.loading if rng.random() < 0.5]:
             self.loading.remove(uid)
             error = "disk is on fire" if rng.random() < 0.1 else None
-            self.events.append(LoadDone(uid, error))
+            self.events.append(LoadDone(uid, error, "adapter_io"))
         for _ in range(rng.choice([0, 0, 0, 0, 0, 0, 1, 3])):
             self.arrive()
         if self.left and rng.random() < 0.1:
@@ -131,12 +133,16 @@ class LooseEngine:
 
     def run(self, plan):
         self.loading += [load.uid for load in plan.loads]
-        for request_id, _ in plan.failed:
+        for request_id, *_ in plan.failed:
             self.left.pop(request_id, None)
         done = list(plan.decode)
         for chunk in plan.prefill:
             if chunk.start + chunk.length == self.prompts[chunk.request_id]:
                 done.append(chunk.request_id)
+        works = bool(plan.prefill or plan.decode)
+        if works and self.loses_device and self.rng.random() < 0.03:
+            self.events.append(DeviceLost())
+            done = done[: len(done) // 2]  # what was saved of the step
         finished, keys, spoiled = [], [], []
         for request_id in done:
             blocks, inside = divmod(self.prompts[request_id], CONFIG.block_tokens)
@@ -151,7 +157,7 @@ class LooseEngine:
                 if self.rng.random() < 0.05:
                     spoiled.append(request_id)
         produced = tuple((request_id, 1) for request_id in done)
-        if plan.prefill or plan.decode:
+        if works:
             step = StepDone(
                 0.2 * self.rng.random(),
                 produced,
@@ -177,7 +183,8 @@ def record(path, policy=FIFO, *, seed=0, steps=200, priorities=(0,)):
         CONFIG, kv_reserve=policy.kv_reserve, max_squashes=policy.max_squashes
     )
     planner = Planner(config, **build_policies(policy))
-    engine = LooseEngine(planner, seed, priorities)
+    # Losses leave little time for rare things to happen: half of the runs have none.
+    engine = LooseEngine(planner, seed, priorities, loses_device=seed % 2 == 1)
     iterations = []
     with closing(PlanLogWriter(path, config, policy)) as log:
         for _ in range(steps):

@@ -7,6 +7,7 @@ from jchameleon.runtime.policy.events import (
     AdapterUnregistered,
     Arrival,
     Cancel,
+    DeviceLost,
     LoadDone,
     StepDone,
 )
@@ -91,7 +92,8 @@ class Driver:
 
     `lengths` says after how many tokens a request ends (its limit otherwise);
     `load_steps` how many steps a load takes; `fails` whether it fails; `spoils` whether
-    a request ends for logits that are not finite.
+    a request ends for logits that are not finite; `breaks` whether the device loses
+    what it holds in a step, of whose rows every other one is saved.
     """
 
     def __init__(self, planner):
@@ -106,6 +108,8 @@ class Driver:
         self.load_steps = lambda uid: 1
         self.fails = lambda uid: False
         self.spoils = lambda request_id: False
+        self.breaks = lambda step: False
+        self.lost = False
         self.outcome = {}
         self.admission_order = []
         self.kv = {}
@@ -178,11 +182,12 @@ class Driver:
         for uid in [u for u, (due, _) in self.loading.items() if due <= self.step]:
             _, pages = self.loading.pop(uid)
             if self.fails(uid):
-                self.events.append(LoadDone(uid, "disk is on fire"))
+                self.events.append(LoadDone(uid, "disk is on fire", "adapter_io"))
             else:
                 self.events.append(LoadDone(uid))
                 self.resident[uid] = pages
         events, self.events = tuple(self.events), []
+        self.lost = any(isinstance(event, DeviceLost) for event in events)
         self.log.append(events)
         plan = self.planner.plan(self.step * 0.01, events)
         self.plans.append(plan)
@@ -194,17 +199,23 @@ class Driver:
 
     def accept(self, plan):
         config = self.config
-        for request_id, reason in plan.failed:
-            assert reason
+        for request_id, reason, fault in plan.failed:
+            assert reason and fault in ("capacity", "rejected", "adapter_io")
             self.end(request_id, "failed")
         for request_id, reason in plan.squashed:
             assert reason
             self.admission_order.remove(request_id)
             del self.kv[request_id]
-            self.squashes[request_id] = self.squashes.get(request_id, 0) + 1
-            assert self.squashes[request_id] <= config.max_squashes
+            if not self.lost:
+                self.squashes[request_id] = self.squashes.get(request_id, 0) + 1
+                assert self.squashes[request_id] <= config.max_squashes
+        if self.lost:
+            # Nothing of before is relied on: neither entries nor pages in use.
+            assert not self.kv and set(self.resident) == set(plan.evicted)
         for uid in plan.evicted:
-            assert uid not in self.pinned, f"{uid} was evicted though pinned"
+            assert self.lost or uid not in self.pinned, (
+                f"{uid} was evicted though pinned"
+            )
             users = [r for r in self.users(uid) if r not in plan.admitted]
             assert not users, f"{uid} was evicted under {users}"
             del self.resident[uid]
@@ -335,6 +346,11 @@ class Driver:
         for request_id in plan.decode:
             tokens = self.requests[request_id].prompt_tokens + self.produced[request_id]
             self.write(request_id, tokens - 1, tokens)
+        broke = self.breaks(self.step)
+        if broke:
+            done = done[::2]
+            self.memory.clear()
+            self.events.append(DeviceLost())
         finished, keys = [], []
         for request_id in done:
             text = self.texts.get(request_id)
@@ -351,9 +367,10 @@ class Driver:
         for request_id in finished:
             self.end(request_id, "finished")
         spoiled = tuple(filter(self.spoils, finished))
-        self.events.append(
-            StepDone(0.01, produced, tuple(finished), tuple(keys), spoiled)
-        )
+        if done or not broke:
+            self.events.append(
+                StepDone(0.01, produced, tuple(finished), tuple(keys), spoiled)
+            )
 
     def drain(self, most_steps):
         for _ in range(most_steps):

@@ -1,10 +1,12 @@
 """The bounds of the report on absent GPUs, against sums written out by hand."""
 
+import types
+
+import aot_bars
 import aot_floor
 import aot_programs
 import aot_target
 import jax
-import numpy as np
 import pytest
 
 from jchameleon.config import EngineConfig, ModelConfig
@@ -50,11 +52,6 @@ def test_prefill_floor_is_set_by_operations(shapes):
 def test_traffic_is_laid_out_as_the_engine_would(shapes):
     batch = aot_floor.traffic_batch(shapes, 16, TRAFFIC, prefill=False)
     assert batch.context_tokens.tolist() == [1024] * 16
-    # 64 blocks of 16 tokens a row, 2 pages a chunk: each page is named once.
-    named = np.concatenate([batch.page_table[:, :64].ravel(), batch.lora.pages.ravel()])
-    named = named[named > 0]
-    assert len(named) == len(set(named.tolist())) == 16 * 64 + 94 * 2
-    assert aot_floor.batch_pages(batch) == 2 + len(named)
     # 94 chunks of 8 ranks, 16 an item.
     assert int(batch.lora.count) == 6
     batch = aot_floor.traffic_batch(shapes, 2048, TRAFFIC, prefill=True)
@@ -76,3 +73,15 @@ def test_model_without_room_for_a_pool_is_refused():
 def test_backend_that_is_none_is_refused():
     with pytest.raises(ValueError, match="backend='cpu' must be one of"):
         aot_programs.choose_backend("cpu", aot_target.read_target("a40"))
+
+
+def test_traffic_bar_holds_for_what_memory_bounds():
+    target = types.SimpleNamespace(bandwidth_bytes_per_s=1.0, bf16_flops_per_s=10.0)
+    decode = aot_floor.Floor(weights_bytes=100, flops=500)
+    prefill = aot_floor.Floor(weights_bytes=100, flops=2000)
+    assert decode.is_memory_bound(target) and not prefill.is_memory_bound(target)
+    assert aot_bars.traffic_faults("decode[1]", decode, 115, target) == []
+    [fault] = aot_bars.traffic_faults("decode[1]", decode, 117, target)
+    assert "moves 117 bytes, at most 115" in fault
+    assert aot_bars.traffic_faults("decode[9]", prefill, 1000, target) == []
+    assert aot_bars.traffic_faults("prefill[9]", decode, 1000, target) == []

@@ -275,7 +275,7 @@ def test_generate_json_answers_every_prompt_through_its_adapter(tmp_path, capsys
     assert len({r["request_id"] for r in records}) == 4
     for record in records:
         assert record["finish_reason"] == "length"
-        assert record["error"] is None
+        assert record["error"] is None and record["fault"] is None
         assert len(record["token_ids"]) == 12
         assert all(0 <= t < 259 for t in record["token_ids"])
         assert 0 <= record["timing"]["ttft_s"] <= record["timing"]["total_s"]

@@ -43,6 +43,15 @@ def random_tokens(config, shape, *, seed=0):
     return jnp.asarray(rng.integers(3, config.vocab_size, shape), jnp.int32)
 
 
+def assert_close_at_scale(actual, desired, tolerance):
+    """Compare as shares of the largest value: small ones are sums of large ones.
+
+    Which sums are made first, and so their rounding, differs among CPUs.
+    """
+    scale = float(jnp.max(jnp.abs(desired)))
+    np.testing.assert_allclose(actual, desired, rtol=0, atol=tolerance * scale)
+
+
 def test_dense_logits_equal_transformers(model):
     transformers = pytest.importorskip(
         "transformers", reason="oracle: Python 3.11 only"
@@ -101,9 +110,7 @@ def test_hidden_states_of_packed_texts_are_those_of_each_alone(model):
         hidden_states(params, tokens, config=config, adapter=adapter)
         for tokens in (first, second)
     ]
-    np.testing.assert_allclose(
-        together[:, :11], jnp.concatenate(alone, axis=1), rtol=1e-4, atol=1e-4
-    )
+    assert_close_at_scale(together[:, :11], jnp.concatenate(alone, axis=1), 1e-5)
 
 
 def test_completion_loss_counts_labels_only(model):
@@ -153,7 +160,7 @@ def test_completion_loss_gradient_is_the_slope_with_and_without_remat(model):
     for one, other in zip(
         jax.tree.leaves(gradient), jax.tree.leaves(again), strict=True
     ):
-        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
+        assert_close_at_scale(one, other, 1e-4)
     direction = random_adapter(config, seed=1)
     step = 1e-3
     ends = [

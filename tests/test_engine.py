@@ -9,13 +9,16 @@ import pytest
 from engine_harness import heard_compiles
 from random_adapters import write_random_adapter
 
-from jchameleon.config import EngineConfig, ModelConfig
-from jchameleon.errors import CapacityError, EngineDeadError, InvalidRequestError
+from jchameleon.config import ModelConfig
+from jchameleon.errors import (
+    CapacityError,
+    DuplicateRequestError,
+    EngineDeadError,
+    InvalidRequestError,
+)
 from jchameleon.llm import LLM
 from jchameleon.lora.adapter import HostAdapter
-from jchameleon.models.loader import load_model
 from jchameleon.runtime.outbox import Outbox
-from jchameleon.runtime.setup import build_executor, start_engine
 from jchameleon.sampling import SamplingParams
 
 TINY = ModelConfig.preset("tiny")
@@ -300,7 +303,7 @@ def test_duplicate_request_id_is_refused_while_in_flight(llm):
         )
 
     submit()
-    with pytest.raises(InvalidRequestError, match="'twice' is in flight"):
+    with pytest.raises(DuplicateRequestError, match="'twice' is in flight"):
         submit()
     llm._engine.cancel("twice")
     while outbox.get(timeout_s=30)[1].finish_reason is None:
@@ -351,47 +354,6 @@ def test_dying_engine_answers_everybody(adapter_dirs):
     llm.close()
 
 
-class FailingTokenizer:
-    """A tokenizer, and a text of its own, that cannot be ended."""
-
-    eos_token_ids = ()
-
-    def stream(self):
-        return self
-
-    def push(self, token_id):
-        return "?"
-
-    def flush(self):
-        raise ValueError("injected")
-
-
-def test_text_that_kills_the_engine_leaves_nobody_waiting():
-    """The request whose text fails is answered too, and so are all others."""
-    loaded = load_model("tiny", dtype="float32")
-    loaded = dataclasses.replace(loaded, tokenizer=FailingTokenizer())
-    config = EngineConfig(**SMALL)
-    engine = start_engine(
-        loaded, config, *build_executor(loaded, config, ()), fetch=lambda uid: None
-    )
-    outboxes = []
-    for index, max_tokens in enumerate((3, 400, 400)):
-        outboxes.append(Outbox())
-        sampling = SamplingParams(max_tokens=max_tokens, ignore_eos=True)
-        one = engine.prepare(
-            f"r{index}", [1, 2, 3], sampling, adapter_uid=None, outbox=outboxes[-1]
-        )
-        engine.submit(one)
-    for outbox in outboxes:
-        finish_reason = None
-        while finish_reason is None:
-            _, delta = outbox.get(timeout_s=20)
-            finish_reason = delta.finish_reason
-        assert finish_reason == "error" and "injected" in delta.error
-        assert delta.timing is not None
-    engine.close()
-
-
 def test_cancel_of_what_is_no_id_is_refused_and_harms_nobody(llm):
     for bad in (["x"], None, 3, ""):
         with pytest.raises(InvalidRequestError, match="request_id="):
@@ -431,7 +393,7 @@ def test_close_answers_requests_that_the_engine_never_saw(adapter_dirs):
     results = []
     caller = threading.Thread(target=lambda: results.extend(llm.generate([[1]] * 3)))
     caller.start()
-    while len(llm._engine._open_ids) < 3:
+    while len(llm._engine._door._open_ids) < 3:
         time.sleep(0.001)
     llm._engine._closing = True
     leave.set()
@@ -440,13 +402,3 @@ def test_close_answers_requests_that_the_engine_never_saw(adapter_dirs):
     assert [o.finish_reason for o in results] == ["aborted"] * 3
     assert all(o.timing.ttft_s is None for o in results)
     llm.close()
-
-
-def test_closing_ends_open_requests_as_aborted(adapter_dirs):
-    llm = LLM(model="tiny", adapters=adapter_dirs, **SMALL)
-    stream = llm.stream(
-        [[1, 2, 3]] * 3, sampling=SamplingParams(max_tokens=400, ignore_eos=True)
-    )
-    next(stream)
-    llm.close()
-    assert [d.finish_reason for d in stream if d.finish_reason] == ["aborted"] * 3

@@ -1,12 +1,17 @@
-"""The engine over the kernels for GPUs, interpreted: the tokens of the XLA form."""
+"""The engine over the kernels for GPUs: the tokens of the XLA form."""
 
+import jax
 import numpy as np
 import pytest
+from gpu_backends import COMPILED, has_nvidia_gpu
 from random_adapters import write_random_adapter
 
 from jchameleon import LLM, SamplingParams
 from jchameleon.config import ModelConfig
 
+NEEDS_CPU = pytest.mark.skipif(
+    has_nvidia_gpu(), reason="engines on a GPU compile the kernels"
+)
 TINY = ModelConfig.preset("tiny")
 RANKS = (8, 40, 3, 16, 24)
 TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
@@ -54,7 +59,25 @@ def generate(paths, requests, backend, **options):
         return [output.token_ids for output in outputs], llm.stats()
 
 
-def test_engine_over_gpu_kernels_gives_the_tokens_of_xla(paths, requests):
+@pytest.fixture
+def exact_products():
+    """Let XLA multiply float32 as IEEE does, on every thread: GPUs' default is TF32."""
+    before = jax.config.jax_default_matmul_precision
+    jax.config.update("jax_default_matmul_precision", "highest")
+    yield
+    jax.config.update("jax_default_matmul_precision", before)
+
+
+@pytest.mark.parametrize(
+    "backend",
+    [pytest.param("interpret", marks=NEEDS_CPU), COMPILED],
+)
+def test_engine_over_gpu_kernels_gives_the_tokens_of_xla(
+    paths, requests, backend, request
+):
+    """Kernels are interpreted on a CPU, compiled on a GPU: the engine's own choice."""
+    if backend == "compiled":
+        request.getfixturevalue("exact_products")
     expected, _ = generate(paths, requests, "xla")
     found, stats = generate(paths, requests, "pallas")
     assert found == expected

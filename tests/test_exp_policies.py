@@ -8,7 +8,6 @@ import xml.etree.ElementTree
 import exp_report
 import pytest
 from exp_calibration import Calibration, Reference
-from exp_figure import line_chart
 from exp_policies import PRESETS, plan_runs
 from exp_results import Results, Settings, figures
 from exp_rig import Job, Outcome, Recorder, Rig, outcome
@@ -16,6 +15,7 @@ from exp_workload import Lengths, Shape, make_trace
 from random_adapters import write_random_adapter
 from tool_runs import run_tool
 
+from jchameleon.client.chart import line_chart
 from jchameleon.config import ATTENTION_PROJECTIONS, ModelConfig
 from jchameleon.runtime.outbox import Delta, RequestTiming
 from jchameleon.runtime.policy.presets import load_policy, policy_preset_names
@@ -320,7 +320,10 @@ def test_twins_same_policies_under_two_names_are_found():
 
 def test_figure_points_stand_where_their_values_say():
     drawing = line_chart(
-        "title", {"a": [(0.5, 10.0), (1.0, 1000.0)], "b": [(0.5, 100.0)]}, limit=100.0
+        "title",
+        {"a": [(0.5, 10.0), (1.0, 1000.0)], "b": [(0.5, 100.0)]},
+        across="load",
+        limit=100.0,
     )
     root = xml.etree.ElementTree.fromstring(drawing)
     space = "{http://www.w3.org/2000/svg}"

@@ -1,5 +1,6 @@
-"""GPU attention kernels, one program after the other, against a loop over tokens."""
+"""GPU attention kernels against a loop over tokens, interpreted and on a GPU."""
 
+import dataclasses
 import functools
 import re
 
@@ -7,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from gpu_backends import SLACK, jit, on_all, on_kernels
 from paged_cases import Part, Shape, check_attention, make_step
 
 from jchameleon.pallas import gpu_attention, gpu_pages, gpu_prefill_attention
@@ -21,6 +23,7 @@ from jchameleon.pallas.gpu_prefill_attention import (
     build_attention_blocks,
     prefill_config,
 )
+from jchameleon.pallas.reference import paged_attention_reference
 
 # All query heads of a KV head in one tile, and head dimensions that fill none.
 SHAPES = [
@@ -42,19 +45,22 @@ def decode_of(splits, bn=16):
     return DecodeConfig(bn=bn, splits=splits, num_warps=4, num_stages=2)
 
 
-def attend(step, shape, *, blocks=None, config=None):
-    """Run the kernels on a step whose keys are written already."""
-    call = functools.partial(
-        paged_attention_gpu,
-        kv_heads=shape.kv_heads,
-        block_tokens=shape.block_tokens,
-        interpret=True,
-        config=config,
-    )
-    pool, table = jnp.asarray(step.after), jnp.asarray(step.table)
-    return jax.jit(call)(
-        step.q, pool, table, step.positions, step.context, blocks=blocks
-    )
+def attend(step, shape, *, backend="interpret", blocks=None, config=None):
+    """Run a backend on a step whose keys are written already."""
+    of = {"kv_heads": shape.kv_heads, "block_tokens": shape.block_tokens}
+    inputs = (step.q, step.after, step.table, step.positions, step.context)
+    if backend == "reference":
+        call = functools.partial(paged_attention_reference, **of)
+        return jit(call, backend)(*inputs)
+    of |= {"interpret": backend == "interpret", "config": config}
+    call = functools.partial(paged_attention_gpu, **of)
+    return jit(call, backend)(*inputs, blocks=blocks)
+
+
+def check(step, shape, backend, **options):
+    """Hold a backend to the loop over tokens."""
+    out = attend(step, shape, backend=backend, **options)
+    check_attention(out, step, slack=SLACK[backend])
 
 
 def decode_step(shape, parts=DECODE, **layout):
@@ -80,84 +86,93 @@ def blocks_of(step, shape):
     )
 
 
+@on_all
 @pytest.mark.parametrize("shape", SHAPES)
-def test_decode_contexts_around_edges_match_token_loop(shape):
-    step = decode_step(shape)
-    check_attention(attend(step, shape, config=decode_of(2)), step)
+def test_decode_contexts_around_edges_match_token_loop(shape, backend):
+    check(decode_step(shape), shape, backend, config=decode_of(2))
 
 
+@on_kernels
 @pytest.mark.parametrize("splits", [1, 3, 16])
-def test_decode_from_one_split_to_more_than_turns_matches_token_loop(splits):
-    step = decode_step(SMALL)
-    check_attention(attend(step, SMALL, config=decode_of(splits)), step)
+def test_decode_from_one_split_to_more_than_turns_matches_token_loop(splits, backend):
+    check(decode_step(SMALL), SMALL, backend, config=decode_of(splits))
 
 
-def test_decode_with_chosen_config_matches_token_loop():
+@on_kernels
+def test_decode_with_chosen_config_matches_token_loop(backend):
     assert decode_config(10, 2, 16, 160, arch=None).splits == 1
-    step = decode_step(SMALL)
-    check_attention(attend(step, SMALL), step)
+    check(decode_step(SMALL), SMALL, backend)
 
 
+@on_kernels
 @pytest.mark.parametrize("block_tokens", [1, 24, 64])
-def test_block_of_any_size_matches_token_loop(block_tokens):
+def test_block_of_any_size_matches_token_loop(block_tokens, backend):
     shape = Shape(heads=2, kv_heads=1, head_dim=16, block_tokens=block_tokens)
-    step = decode_step(shape)
-    check_attention(attend(step, shape, config=decode_of(2, bn=32)), step)
+    check(decode_step(shape), shape, backend, config=decode_of(2, bn=32))
 
 
+@on_kernels
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("bm", [32, 128])  # one head of the group, or four
-def test_prefill_of_several_requests_matches_token_loop(shape, bm):
-    step = prefill_step(shape)
+def test_prefill_of_several_requests_matches_token_loop(shape, bm, backend):
     config = PrefillConfig(bm=bm, bn=16, num_warps=4, num_stages=2)
-    check_attention(attend(step, shape, config=config), step)
+    check(prefill_step(shape), shape, backend, config=config)
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+def test_reference_prefill_of_several_requests_matches_token_loop(shape):
+    check(prefill_step(shape), shape, "reference")
+
+
+@on_kernels
 @pytest.mark.parametrize(("heads", "first_block"), [(2, 96), (4, 64)])
-def test_prefill_tiles_taken_together_match_token_loop(heads, first_block):
+def test_prefill_tiles_taken_together_match_token_loop(heads, first_block, backend):
     shape = Shape(heads=heads, kv_heads=2, head_dim=16, dtype="bfloat16")
     parts = [Part(16, 79), Part(0, 33)]  # three tiles, two, and one of padding
     step = prefill_step(shape, parts)
     blocks = blocks_of(step, shape)
     assert blocks[:, 1].max() == first_block
-    check_attention(attend(step, shape, blocks=blocks), step)
+    check(step, shape, backend, blocks=blocks)
 
 
-def test_prefill_with_chosen_config_matches_token_loop():
-    step = prefill_step(SMALL)
-    check_attention(attend(step, SMALL), step)
+@on_kernels
+def test_prefill_with_chosen_config_matches_token_loop(backend):
+    check(prefill_step(SMALL), SMALL, backend)
 
 
-def test_shared_first_blocks_match_token_loop():
+@on_kernels
+def test_shared_first_blocks_match_token_loop(backend):
     step = decode_step(SMALL, [Part(40, 1), Part(35, 1, shared=2)])
-    check_attention(attend(step, SMALL, config=decode_of(2)), step)
+    check(step, SMALL, backend, config=decode_of(2))
     step = prefill_step(SMALL, [Part(32, 40), Part(32, 64, shared=2)])
-    check_attention(attend(step, SMALL, blocks=blocks_of(step, SMALL)), step)
+    check(step, SMALL, backend, blocks=blocks_of(step, SMALL))
 
 
+@on_all
 @pytest.mark.parametrize("make", [decode_step, prefill_step])
-def test_bfloat16_matches_token_loop(make):
+def test_bfloat16_matches_token_loop(make, backend):
     shape = Shape(heads=6, kv_heads=2, head_dim=16, dtype="bfloat16")
-    step = make(shape)
-    check_attention(attend(step, shape), step)
+    check(make(shape), shape, backend)
 
 
-def test_large_scores_neither_overflow_nor_underflow():
+@on_all
+def test_large_scores_neither_overflow_nor_underflow(backend):
     step = decode_step(SMALL)
     step.q[...] *= 1000
-    out = np.asarray(attend(step, SMALL, config=decode_of(2)))
+    out = np.asarray(attend(step, SMALL, backend=backend, config=decode_of(2)))
     assert np.isfinite(out).all()
     # One key takes all of the weight: its value, and no mean of values.
     largest = np.abs(step.after[np.isfinite(step.after)]).max()
     assert np.abs(out[:, :, step.real]).max() <= largest
 
 
+@on_kernels
 @pytest.mark.parametrize("make", [decode_step, prefill_step])
-def test_requests_do_not_reach_each_other(make):
+def test_requests_do_not_reach_each_other(make, backend):
     step = make(SMALL, [Part(20, 1), Part(25, 1)])
-    clean = np.asarray(attend(step, SMALL))
+    clean = np.asarray(attend(step, SMALL, backend=backend))
     step.after[step.table[1, :2]] = np.nan
-    out = np.asarray(attend(step, SMALL))
+    out = np.asarray(attend(step, SMALL, backend=backend))
     first, second = step.real
     assert (out[:, :, first] == clean[:, :, first]).all()
     assert np.isnan(out[:, :, second]).all()
@@ -269,6 +284,9 @@ def spec(*shape, dtype=jnp.int32):
 
 
 def refused(rule, *, q=(4, 16, 8), page=1024, tiles=8, kv_heads=2, **options):
+    positions = spec(options.pop("num_positions", q[2]))
+    context = spec(options.pop("num_contexts", tiles))
+    blocks = options.pop("blocks", None)
     dtype = options.pop("dtype", jnp.float32)
     table = spec(tiles, 4, dtype=options.pop("table_dtype", jnp.int32))
     call = functools.partial(
@@ -280,8 +298,9 @@ def refused(rule, *, q=(4, 16, 8), page=1024, tiles=8, kv_heads=2, **options):
             spec(*q, dtype=dtype),
             spec(9, page, dtype=dtype),
             table,
-            spec(q[2]),
-            spec(tiles),
+            positions,
+            context,
+            blocks=blocks,
         )
 
 
@@ -296,10 +315,18 @@ def test_unsupported_arguments_name_rule_and_value():
     refused("is for decode, tiles have 4 tokens", tiles=2, config=decode_of(1))
     prefill = PrefillConfig(bm=16, bn=16, num_warps=4, num_stages=2)
     refused("are for tiles of several tokens", config=prefill)
+    refused("positions.shape=(7,) and context_tokens.shape", num_positions=7)
+    refused("must be (8,) and (8,)", num_contexts=9)
+    refused("blocks dtype=float32 must be", tiles=2, blocks=spec(2, 3, dtype=float))
+    refused("blocks.shape=(2, 2) must be (blocks, 3)", tiles=2, blocks=spec(2, 2))
     refused("bm=16 must hold a block of 32", q=(4, 16, 64), tiles=2, config=prefill)
     with pytest.raises(ValueError, match="bn=8 must be a power of two >= 16"):
         decode_of(1, bn=8)
     with pytest.raises(ValueError, match="splits=0 must be at least 1"):
         decode_of(0)
+    with pytest.raises(ValueError, match="num_warps=3 must be 1, 2, 4 or 8"):
+        dataclasses.replace(prefill, num_warps=3)
+    with pytest.raises(ValueError, match="num_stages=0 must be at least 1"):
+        dataclasses.replace(decode_of(1), num_stages=0)
     with pytest.raises(ValueError, match="bm=24 must be a power of two >= 16"):
         PrefillConfig(bm=24, bn=16, num_warps=4, num_stages=2)

@@ -76,7 +76,7 @@ def test_memory_and_counters_follow_a_list_of_uses(budget, calls):
             while sum(SIZES[n] for n in line) > budget:
                 line.pop(0)
                 drops += 1
-        assert [n for n in SIZES if store.holds(n)] == sorted(line)
+        assert [n for n in SIZES if store.held_bytes(n)] == sorted(line)
         assert store.stats() == HostStats(
             host_bytes=sum(SIZES[n] for n in line),
             host_adapters=len(line),
@@ -199,7 +199,7 @@ def test_threads_that_ask_at_once_share_one_read(tmp_path):
     assert len({id(answer) for answer in answers}) == 1
     assert answers[0].uid == slow.uid
     assert store.stats().disk_reads == 1
-    assert store.holds(slow.uid)
+    assert store.held_bytes(slow.uid)
 
 
 def test_threads_that_share_a_failed_read_all_hear_of_it(tmp_path):
@@ -231,7 +231,7 @@ def test_slow_read_holds_up_nobody_else(tmp_path):
             threads, answers = get_in_threads(store, adapter.uid, 1)
             join(threads)
             assert [answer.uid for answer in answers] == [adapter.uid]
-        assert store.holds(memory.uid)
+        assert store.held_bytes(memory.uid)
         assert store.stats().host_hits == 1
         assert late == []
     finally:
@@ -266,7 +266,7 @@ def test_adapter_forgotten_while_it_is_read_is_not_kept(tmp_path):
     open_gate(tmp_path / "slow")
     join(threads)
     assert [answer.uid for answer in answers] == [slow.uid]
-    assert not store.holds(slow.uid)
+    assert not store.held_bytes(slow.uid)
 
 
 def test_only_the_latest_paths_of_a_content_are_known(tmp_path):

@@ -31,6 +31,8 @@ PARTS = (
     "runtime.policy",
     "sim",
     "serving",
+    "serving.proto",
+    "client",
     "outputs",
     "requests",
     "lifecycle",
@@ -57,7 +59,17 @@ MAY_IMPORT = {
     "runtime.policy": {"config"},
     "runtime": {"config", "sampling", "models", "lora", "pallas", "runtime.policy"},
     "sim": {"config", "runtime.policy"},
-    "serving": {"config", "sampling", "runtime"},
+    "serving": {
+        "serving.proto",
+        "config",
+        "sampling",
+        "outputs",
+        "runtime",
+        "requests",
+        "llm",
+    },
+    "serving.proto": set(),
+    "client": {"serving.proto"},
     "outputs": {"runtime.outbox", "runtime.policy"},
     "requests": {"outputs", "sampling", "models", "runtime"},
     "lifecycle": set(PARTS) - FRONT_DOORS,
@@ -78,6 +90,7 @@ WITHOUT_JAX = (
     "sampling",
     "outputs",
     "cli",
+    "client",
     "lora",
     "models.tokenizer",
     "models.chat",
@@ -88,8 +101,10 @@ WITHOUT_JAX = (
     "models.describe",
     "models.export",
     "models.loader",
+    "runtime.memory",
     "runtime.output",
     "runtime.policy",
+    "runtime.xla_env",
     "sim",
 )
 JAX_PACKAGES = {"jax", "jaxlib", "flax", "optax", "orbax"}
@@ -228,6 +243,15 @@ def test_every_imported_package_is_a_declared_dependency():
         for module in imports_of(path)
     }
     used -= {*sys.stdlib_module_names, "jchameleon"}
+    # Where the name of the package is another: grpcio, and protobuf with the messages
+    # of googleapis-common-protos.
+    names = {
+        "grpc": "grpcio",
+        "grpc_health": "grpcio_health_checking",
+        "grpc_reflection": "grpcio_reflection",
+        "google": "protobuf",
+    }
+    used = {names.get(one, one) for one in used}
     assert used
     assert used <= declared | {"orbax"}
 

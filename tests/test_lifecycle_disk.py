@@ -16,7 +16,7 @@ from slow_adapters import close_gate, open_gate
 from jchameleon.errors import (
     AdapterBusyError,
     AdapterConflictError,
-    UnknownAdapterError,
+    AdapterDrainingError,
 )
 
 pytest_plugins = ["lifecycle_fixtures"]
@@ -60,7 +60,7 @@ def test_unregister_while_it_loads_waits_for_the_copy(llm, folder):
         llm.unregister_adapter("slow", timeout_s=0.05, force=True)
     assert [delta.finish_reason for delta in reader.finish()] == ["aborted"]
     assert ask(llm, None), "others go on meanwhile"
-    with pytest.raises(UnknownAdapterError, match="takes no new requests; 0 of"):
+    with pytest.raises(AdapterDrainingError, match="takes no new requests; 0 of"):
         llm.generate([PROMPT], "slow")
     remover = in_thread(lambda: llm.unregister_adapter("slow"))
     [info] = llm.list_adapters()

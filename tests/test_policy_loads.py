@@ -172,7 +172,10 @@ def test_failed_load_fails_its_requests_only_and_later_ones_try_again():
     driver.tick()
     driver.tick()
     plan = driver.tick()
-    assert plan.failed == (("b1", "disk is on fire"), ("b2", "disk is on fire"))
+    assert plan.failed == (
+        ("b1", "disk is on fire", "adapter_io"),
+        ("b2", "disk is on fire", "adapter_io"),
+    )
     stats = driver.planner.adapter_stats("bad")
     assert (stats.state, stats.failures, stats.queued) == ("absent", 1, 0)
     driver.fails = lambda uid: False

@@ -52,11 +52,11 @@ PLANS = st.from_type(Plan)
 
 HEADER = {
     "format": "jchameleon-plan-log",
-    "version": 2,
+    "version": 3,
     "planner": dataclasses.asdict(CONFIG),
     "policy": {"source": "by hand", **FIFO},
 }
-# Version 2 as it is on disk: a change that cannot read this needs another version.
+# Version 3 as it is on disk: a change that cannot read this needs another version.
 BY_HAND = [
     '[0.1,[{"is":"AdapterRegistered","uid":"a","rank":8,"num_pages":3},'
     '{"is":"Arrival","request":{"is":"Request","request_id":"r","prompt_tokens":5,'
@@ -260,8 +260,8 @@ def test_file_that_is_no_log_is_refused(content, message, tmp_path):
 @pytest.mark.parametrize(
     ("header", "message"),
     [
-        (changed(version=1), "line 1: version=1 must be 2"),
-        (changed(version=None), "line 1: version=None must be 2"),
+        (changed(version=1), "line 1: version=1 must be 3"),
+        (changed(version=None), "line 1: version=None must be 3"),
         (changed(planner=None), "line 1: planner must be an object"),
         (changed(policy="fifo"), "line 1: policy must be an object"),
         (changed(planner={"num_page": 9}), "'num_page'.*did you mean 'num_pages'"),

@@ -90,7 +90,7 @@ def test_request_that_cannot_fit_beside_pins_is_refused_with_their_pages():
     # The pinned one's own pages are not counted twice.
     assert planner.can_ever_fit(16 * 12, 1, 20, pinned=True) is None
     driver.arrive(request_of("huge", 16 * 13, 1, "a"))
-    assert [request_id for request_id, _ in driver.tick().failed] == ["huge"]
+    assert [request_id for request_id, *_ in driver.tick().failed] == ["huge"]
 
 
 def test_pages_of_a_pinned_adapter_are_held_back_from_later_admissions():

@@ -151,7 +151,7 @@ def test_request_that_can_never_fit_fails_at_arrival_and_blocks_nobody():
         Arrival(request_of("small")),
     ]
     plan = planner.plan(0.0, events)
-    assert plan.failed == (("huge", reason),)
+    assert plan.failed == (("huge", reason, "capacity"),)
     assert plan.admitted == ("small",)
 
 

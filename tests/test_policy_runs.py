@@ -120,6 +120,13 @@ class Run(RuleBasedStateMachine):
         for _ in range(count):
             self.tick()
 
+    @rule()
+    def lose_the_device(self):
+        """In the next step, of which half is saved."""
+        step = self.driver.step
+        self.driver.breaks = lambda at: at == step
+        self.tick()
+
     @rule(uid=st.sampled_from(["a", "b"]), pinned=st.booleans())
     def pin(self, uid, pinned):
         self.tick()

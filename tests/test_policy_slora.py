@@ -103,7 +103,7 @@ def test_wait_that_leaves_no_time_for_prefill_is_rejected(now_s, rejected):
     plan = planner.plan(now_s, [ended("a")])
     if rejected:
         reason = "waited 5.510 s, too long for early_abort_slo_s=6"
-        assert plan.failed == (("old", reason),)
+        assert plan.failed == (("old", reason, "rejected"),)
         assert plan.admitted == ("young",)
         assert planner.books().waiting == 0
     else:
@@ -117,7 +117,7 @@ def test_all_overdue_are_rejected_in_arrival_order_and_forgotten():
     planner.plan(0.0, [AdapterRegistered("x", 8, 2), *arrivals("a")])
     planner.plan(0.0, arrivals("b", "c", "d"))
     plan = planner.plan(100.0, [ended("a"), *arrivals("e", at_s=100.0)])
-    assert [request_id for request_id, _ in plan.failed] == ["b", "c", "d"]
+    assert [request_id for request_id, *_ in plan.failed] == ["b", "c", "d"]
     assert plan.admitted == ("e",)
     # The ids are free again.
     plan = planner.plan(100.0, [ended("e"), *arrivals("b", at_s=100.0)])

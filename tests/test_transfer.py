@@ -12,46 +12,39 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from load_rig import (
+    LAYOUT,
+    QKVO,
+    RANKS,
+    TINY,
+    bits,
+    commit,
+    compiled_commit,
+    hand_out_pages,
+    random_adapter,
+    random_pools,
+    wait_for,
+    written,
+)
 from random_adapters import write_random_adapter
 from slow_adapters import close_gate, open_gate, read_adapter
 
-from jchameleon.config import EngineConfig, ModelConfig
+from jchameleon.config import EngineConfig
 from jchameleon.llm import LLM
-from jchameleon.lora.adapter import HostAdapter, LoraPair
-from jchameleon.lora.layout import ChunkLayout
 from jchameleon.runtime.host_store import HostStore
-from jchameleon.runtime.programs import commit_load
-from jchameleon.runtime.transfer import (
+from jchameleon.runtime.pieces import (
     CHUNKS_PER_PIECE,
+    piece_pages,
+    split_blocks,
+    split_targets,
+)
+from jchameleon.runtime.staging import HostStaging, Packer
+from jchameleon.runtime.transfer import (
     AdapterLoader,
     EmulatedLink,
     emulated_link,
-    piece_pages,
-    split_pieces,
 )
 from jchameleon.sampling import SamplingParams
-
-TINY = ModelConfig.preset("tiny")
-QKVO = ("q", "k", "v", "o")
-LAYOUT = ChunkLayout(TINY, QKVO, 2 * TINY.num_kv_heads * 16 * TINY.head_dim)
-NUM_PAGES = 400
-RANKS = (1, 8, 17, 33, 64)  # from part of a piece to several, the last one padded
-
-compiled_commit = jax.jit(commit_load, donate_argnums=0)
-
-
-def random_adapter(rank, *, targets=QKVO, seed=0):
-    rng = np.random.default_rng([seed, rank])
-    modules = {}
-    for layer in range(TINY.num_layers):
-        for projection in targets:
-            d_in, d_out = TINY.projection_shape(projection)
-            modules[layer, projection] = LoraPair(
-                a=rng.standard_normal((rank, d_in), dtype=np.float32),
-                b=rng.standard_normal((d_out, rank), dtype=np.float32),
-                scale=0.5,
-            )
-    return HostAdapter.build(modules, source="test")
 
 
 @pytest.fixture
@@ -62,11 +55,15 @@ def make_loader():
     def make(adapters=(), dtype=np.float32, *, fetch=None, **options):
         library = {adapter.uid: adapter for adapter in adapters}
         woken = queue.SimpleQueue()
+        staging = HostStaging(
+            Packer(LAYOUT, np.dtype(dtype)),
+            jax.devices("cpu")[0],
+            fetch or library.__getitem__,
+        )
         loader = AdapterLoader(
             LAYOUT,
             np.dtype(dtype),
-            jax.devices("cpu")[0],
-            fetch=fetch or library.__getitem__,
+            staging,
             notify=lambda: woken.put(None),
             **{"max_in_flight": 4} | options,
         )
@@ -78,57 +75,15 @@ def make_loader():
         loader.close()
 
 
-def wait_for(loader, count, *, within_s=60):
-    """Poll until `count` loads came back; return them by uid."""
-    finished = {}
-    deadline_s = time.monotonic() + within_s
-    while len(finished) < count:
-        assert time.monotonic() < deadline_s, f"{len(finished)} of {count} loads"
-        for load in loader.poll():
-            assert load.uid not in finished
-            finished[load.uid] = load
-        time.sleep(0.001)
-    assert not loader.poll()
-    return finished
-
-
-def random_pools(dtype, *, seed=0):
-    rng = np.random.default_rng(seed)
-    shape = (NUM_PAGES, LAYOUT.page_elems)
-    return [rng.standard_normal(shape).astype(dtype) for _ in range(TINY.num_layers)]
-
-
-def hand_out_pages(adapters, *, seed=0):
-    """Return pages in random order for each adapter, none of them reserved ones."""
-    free = (np.random.default_rng(seed).permutation(NUM_PAGES - 2) + 2).tolist()
-    return [
-        tuple(free.pop() for _ in range(LAYOUT.num_pages(adapter.rank)))
-        for adapter in adapters
-    ]
-
-
-def commit(pools, load):
-    for piece in load.pieces:
-        assert piece.pages.dtype == np.int32
-        assert piece.pages.shape == (piece_pages(LAYOUT),)
-        assert piece.block.shape[:2] == (TINY.num_layers, piece_pages(LAYOUT))
-        pools = compiled_commit(pools, piece.pages, piece.block)
-    return pools
-
-
-def bits(array):
-    array = np.asarray(array)
-    return array.view(f"u{array.dtype.itemsize}")
-
-
 @given(st.integers(1, 40), st.integers(1, 12), st.integers(0, 2**32 - 1))
-def test_split_pieces_cover_every_page_exactly(num_pages, piece, seed):
+def test_pieces_cover_every_page_exactly(num_pages, piece, seed):
     rng = np.random.default_rng(seed)
     packed = rng.standard_normal((2, num_pages, 3), dtype=np.float32)
     pages = tuple((rng.permutation(100)[:num_pages] + 2).tolist())
     pool = np.full((2, 102, 3), np.nan, np.float32)
     written = set()
-    pieces = split_pieces(packed, pages, piece)
+    targets, blocks = split_targets(pages, piece), split_blocks(packed, piece)
+    pieces = list(zip(targets, blocks, strict=True))
     assert len(pieces) == -(-num_pages // piece)
     for own, block in pieces:
         assert own.dtype == np.int32
@@ -237,13 +192,6 @@ def test_close_drops_what_is_under_way(make_loader):
     assert not any(name.startswith("jchameleon-load") for name in names)
 
 
-def written(path, rank, *, seed=0):
-    """Write a random adapter to disk and return it."""
-    return read_adapter(
-        write_random_adapter(path, TINY, rank=rank, targets=QKVO, seed=seed)
-    )
-
-
 def test_failed_read_fails_that_load_and_a_later_one_tries_again(make_loader, tmp_path):
     adapters = [written(tmp_path / f"a{seed}", 8, seed=seed) for seed in range(3)]
     store = HostStore(read_adapter, budget_bytes=0)
@@ -276,8 +224,8 @@ def test_slow_reads_hold_up_no_load_from_memory(make_loader, tmp_path, link):
     store = HostStore(read_adapter, budget_bytes=5 * quick[0].num_bytes)
     for adapter in (*slow, *quick):
         store.put(adapter, adapter.source)
-    assert not any(store.holds(adapter.uid) for adapter in slow)
-    assert all(store.holds(adapter.uid) for adapter in quick)
+    assert not any(store.held_bytes(adapter.uid) for adapter in slow)
+    assert all(store.held_bytes(adapter.uid) for adapter in quick)
     loader, _ = make_loader(fetch=store.get, max_in_flight=4, link=link)
     pages = hand_out_pages([*slow, quick[0]])
     for adapter, own in zip(slow, pages, strict=False):

@@ -4,14 +4,10 @@ The figures were set with the first kernels that met them: what they used, and a
 room. A kernel here is one of ours; what XLA generates has fewer bars.
 """
 
-from typing import TYPE_CHECKING
+import math
+from typing import Any
 
 from aot_kernels import Kernel
-from aot_target import Target
-
-if TYPE_CHECKING:  # they import jax, which waits for `aot_target.prepare`
-    from aot_floor import Floor
-    from aot_programs import Program
 
 DECODE_REGISTERS = 128
 PREFILL_REGISTERS = 200
@@ -27,27 +23,34 @@ DECODE_TEMP_BYTES = 500_000
 PREFILL_TEMP_BYTES = 130_000
 """Temporary memory of prefill, for each token."""
 
-MOST_TIMES_FLOOR = 1.15
-"""Moved bytes alone may take this many times a program's floor. Where the floor is
-bytes, as in decode, that is moved over fewest bytes."""
+MOST_MOVED = 1.15
+"""Of the fewest bytes, where memory bounds a program."""
 
-SMALL_WEIGHTS_BYTES = 1_000_000_000
-MOST_TIMES_FLOOR_SMALL = 4.0
-"""Of a model of fewer weights than that: the fewest bytes take activations to stay on
-chip, and they are as many as its weights."""
+MOST_MOVED_SMALL = 1.25
+"""The same of a model so narrow that values between launches show (docs/gpu.md)."""
 
-LEAST_TIMES_FLIGHT = 2.0
-"""Bytes under way against what fills the bus: loads do not come evenly."""
+SMALL_MODELS = frozenset({"smollm2-135m"})
 
-IDLE_COMPILE_S = 10.0
+IN_FLIGHT_BYTES = {"8.6": 10 << 10, "8.0": 20 << 10, "9.0": 30 << 10}
+"""By compute capability: what a multiprocessor must have on its way to hide the latency
+of memory (bandwidth x latency / multiprocessors: about 5, 10 and 15 KB on A40, A100 and
+H100), twice."""
+
 COMPILE_S = 60.0
-"""Ten seconds are expected of an idle machine, and the report warns beyond; a busy one
-takes longer, a broken program much more."""
+"""Ten seconds are expected; a busy machine takes longer, a broken program much more."""
 
 
-def kernel_faults(kernel: Kernel, *, decode: bool) -> list[str]:
+def kernel_faults(
+    kernel: Kernel, *, decode: bool, capability: str | None = None
+) -> list[str]:
     """Return a line for each bar that one of our kernels misses."""
     faults = generated_faults(kernel)
+    least = IN_FLIGHT_BYTES.get(capability or "", 0)
+    if kernel.instructions.mma and kernel.buffered_bytes < least:
+        faults.append(
+            f"{kernel.name}: buffers for {kernel.buffered_bytes} bytes on a "
+            f"multiprocessor, at least {least}"
+        )
     if kernel.spill_bytes:
         faults.append(f"{kernel.name}: spills {kernel.spill_bytes} bytes")
     most = DECODE_REGISTERS if decode else PREFILL_REGISTERS
@@ -78,43 +81,9 @@ def generated_faults(kernel: Kernel) -> list[str]:
     return faults
 
 
-def flight_faults(kernel: Kernel, target: Target) -> list[str]:
-    """Return a line if a decode kernel that copies ahead has too little under way."""
-    least = LEAST_TIMES_FLIGHT * target.flight_bytes
-    if not kernel.instructions.bytes_ahead or kernel.flight_bytes >= least:
-        return []
-    return [
-        f"{kernel.name}: {kernel.flight_bytes} bytes in flight on a multiprocessor, at "
-        f"least {least:.0f}"
-    ]
-
-
-def moved_faults(
-    name: str, moved_bytes: int, floor: "Floor", target: Target
+def program_faults(
+    program: Any, *, layers: int, pool_bytes: int, capability: str | None = None
 ) -> list[str]:
-    """Return a line if what a program moves takes longer than its floor allows."""
-    times = moved_bytes / target.bandwidth_bytes_per_s / floor.seconds(target)
-    small = floor.weights_bytes < SMALL_WEIGHTS_BYTES
-    most = MOST_TIMES_FLOOR_SMALL if small else MOST_TIMES_FLOOR
-    if times <= most:
-        return []
-    return [
-        f"{name}: moves {moved_bytes} bytes, which takes {times:.2f} times the floor, "
-        f"at most {most}"
-    ]
-
-
-def compile_warnings(program: "Program") -> list[str]:
-    """Return a line if a program compiled slower than an idle machine should."""
-    if program.compile_s <= IDLE_COMPILE_S:
-        return []
-    return [
-        f"{program.name} took {program.compile_s:.0f} s to compile; an idle machine "
-        f"should take {IDLE_COMPILE_S:.0f} s at most"
-    ]
-
-
-def program_faults(program: "Program", *, layers: int, pool_bytes: int) -> list[str]:
     """Return a line for each bar that an `aot_programs.Program` misses."""
     kind, _, size = program.name.rstrip("]").partition("[")
     faults = []
@@ -133,7 +102,9 @@ def program_faults(program: "Program", *, layers: int, pool_bytes: int) -> list[
     check(program.compile_s <= COMPILE_S, f"took {program.compile_s:.0f} s to compile")
     for kernel in program.kernels:
         if kernel.name in program.own_kernels:
-            faults += kernel_faults(kernel, decode=kind == "decode")
+            faults += kernel_faults(
+                kernel, decode=kind == "decode", capability=capability
+            )
         else:
             faults += generated_faults(kernel)
     if not program.own_kernels:
@@ -151,3 +122,19 @@ def program_faults(program: "Program", *, layers: int, pool_bytes: int) -> list[
         f"{program.command_buffers} command buffers instead of one",
     )
     return faults
+
+
+def traffic_faults(
+    name: str, floor: Any, moved_bytes: int, target: Any, *, model: str = ""
+) -> list[str]:
+    """Return a line if a decode step that memory bounds moves too much.
+
+    A prefill is bound by operations, or nearly, and has time to move more: what it
+    computes is written and read between launches.
+    """
+    share = MOST_MOVED_SMALL if model in SMALL_MODELS else MOST_MOVED
+    most = math.ceil(share * floor.fewest_bytes)
+    is_bound = name.startswith("decode") and floor.is_memory_bound(target)
+    if moved_bytes <= most or not is_bound:
+        return []
+    return [f"{name}: moves {moved_bytes} bytes, at most {most}"]

@@ -5,15 +5,17 @@ device memory once, lets everything else stay on chip, and takes the GPU's peak 
 """
 
 import dataclasses
-import itertools
+import functools
 
+import aot_hlo
+import aot_moved
 import numpy as np
 from aot_programs import Program, Shapes
 from aot_target import Target
 
-from jchameleon.config import RESERVED_PAGES
+from jchameleon.pallas.paged_attention import CONTEXT_TOKENS_PER_STEP
 from jchameleon.runtime.batch import StepRow
-from jchameleon.runtime.programs import StepBatch
+from jchameleon.runtime.programs import StepBatch, model_step
 from jchameleon.runtime.transfer import piece_pages
 
 
@@ -48,6 +50,13 @@ class Floor:
             + self.kv_bytes
             + self.adapters_bytes
             + self.activations_bytes
+        )
+
+    def is_memory_bound(self, target: Target) -> bool:
+        """Return whether the bytes take longer than the operations."""
+        return (
+            self.fewest_bytes / target.bandwidth_bytes_per_s
+            >= self.flops / target.bf16_flops_per_s
         )
 
     def seconds(self, target: Target) -> float:
@@ -110,32 +119,78 @@ def program_floor(shapes: Shapes, program: Program, traffic: Traffic) -> Floor:
     return floor(shapes, int(size), traffic)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Moved:
+    """Bytes that a program moves, for one step of some traffic.
+
+    Attributes:
+      kernels: of our own kernels by name, over all layers.
+      others: by everything else that is launched: XLA's products and fusions.
+    """
+
+    kernels: dict[str, int]
+    others: int
+
+    @property
+    def moved_bytes(self) -> int:
+        """All of it."""
+        return sum(self.kernels.values()) + self.others
+
+
+def program_moved(shapes: Shapes, program: Program, traffic: Traffic) -> Moved:
+    """Return the bytes that a program of `compile_programs` moves."""
+    kind, _, size = program.name.rstrip("]").partition("[")
+    trips: dict[str, int] = {}
+    of_kernel: dict[str, aot_moved.Traffic] = {}
+    if kind != "commit":
+        batch = traffic_batch(shapes, int(size), traffic, prefill=kind == "prefill")
+        context = int(batch.context_tokens.max())
+        trips["paged_attention"] = -(-context // CONTEXT_TOKENS_PER_STEP)
+        trips["multi_lora"] = int(getattr(batch.lora, "count", 1))
+        if program.own_kernels:
+            of_kernel = kernel_traffic(shapes, batch)
+    kernels = dict.fromkeys(of_kernel, 0)
+
+    def of_loop(one: aot_hlo.Instruction) -> int:
+        return next((n for scope, n in trips.items() if scope in one.scope), 1)
+
+    def count(one: aot_hlo.Instruction) -> int:
+        name = aot_hlo.kernel_name(one)
+        kernels[name] += of_kernel[name].moved_bytes
+        return 0
+
+    others = aot_hlo.moved_bytes(program.module, of_loop, count)
+    return Moved(kernels=kernels, others=others)
+
+
+def kernel_traffic(shapes: Shapes, batch: StepBatch) -> dict[str, aot_moved.Traffic]:
+    """Return what one call of each kernel moves in a step, by the kernel's name."""
+    step = functools.partial(
+        model_step,
+        treedef=shapes.params.treedef,
+        layout=shapes.layout,
+        block_tokens=shapes.config.kv_block_tokens,
+        ops=shapes.ops,
+    )
+    return aot_moved.count_step(step, shapes.params.leaves, list(shapes.pools), batch)
+
+
 def traffic_batch(
     shapes: Shapes, tokens: int, traffic: Traffic, *, prefill: bool
 ) -> StepBatch:
-    """Return the batch that the engine would build for this traffic.
-
-    Every page of a context or an adapter is a page of its own, whether or not the GPU
-    has as many.
-    """
+    """Return the batch that the engine would build for this traffic."""
     builder = shapes.builder
     length = min(traffic.context_tokens, tokens) if prefill else 1
     count = tokens // length
-    context = length if prefill else traffic.context_tokens
-    blocks = -(-context // shapes.config.kv_block_tokens)
-    free = itertools.count(RESERVED_PAGES)
-
-    def take(pages: int) -> np.ndarray:
-        return np.fromiter(itertools.islice(free, pages), np.int32, pages)
-
+    blocks = shapes.max_blocks
     uids = [f"adapter-{i}" for i in range(count)]
     for uid, rank in zip(uids, row_ranks(traffic, count), strict=True):
-        builder.place(uid, tuple(take(shapes.layout.num_pages(rank))))
+        builder.place(uid, (2,) * shapes.layout.num_pages(rank))
     rows = [
         StepRow(
             tokens=np.zeros(length, np.int32),
             start=0 if prefill else traffic.context_tokens - 1,
-            pages=np.pad(take(blocks), (0, shapes.max_blocks - blocks)),
+            pages=np.full(blocks, 2, np.int32),
             adapter_uid=uid,
             sampling=None,
         )
@@ -145,11 +200,6 @@ def traffic_batch(
     for uid in uids:
         builder.remove(uid)
     return batch
-
-
-def batch_pages(batch: StepBatch) -> int:
-    """Return how many pages a pool must have for the pages that a batch names."""
-    return 1 + max(int(np.max(leaf)) for leaf in (batch.page_table, batch.lora.pages))
 
 
 def _step_floor(

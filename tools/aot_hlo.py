@@ -54,12 +54,6 @@ class Instruction:
         found = re.search(r'op_name="([^"]*)"', self.attributes)
         return found[1] if found else ""
 
-    @property
-    def kernel_name(self) -> str:
-        """Name of the hand-written kernel that is called here, or nothing."""
-        own = self.opcode == "custom-call" and self.scope.endswith("/pallas_call")
-        return self.scope.split("/")[-2] if own else ""
-
 
 Computation = dict[str, Instruction]
 
@@ -179,38 +173,46 @@ def count_rematerialised(module: Module) -> int:
 
 def own_kernels(module: Module) -> set[str]:
     """Return the names of hand-written kernels that the module calls."""
-    return {one.kernel_name for _, one in module.launched() if one.kernel_name}
+    return {
+        kernel_name(one)
+        for _, one in module.launched()
+        if one.opcode == "custom-call" and one.scope.endswith("/pallas_call")
+    }
+
+
+def kernel_name(one: Instruction) -> str:
+    """Return the name of the hand-written kernel that an instruction calls."""
+    return one.scope.split("/")[-2]
 
 
 def moved_bytes(
     module: Module,
     trips: Callable[[Instruction], int],
     kernel_bytes: Callable[[Instruction], int],
-) -> Iterator[tuple[Instruction, int, int]]:
-    """Yield (instruction, runs, bytes of all runs) of launches, caches ignored.
+) -> int:
+    """Return the bytes that launched instructions read and write, caches ignored.
 
     A fusion reads its operands once, and of one that it only gathers or slices from
     what the gather yields; it writes its result, or in place what it updates.
 
     Args:
       trips: of a loop, for the step in question.
-      kernel_bytes: bytes of one run of a hand-written kernel.
+      kernel_bytes: bytes of one call of a hand-written kernel.
     """
 
-    def of_computation(name: str, runs: int) -> Iterator[tuple[Instruction, int, int]]:
+    def of_computation(name: str) -> int:
+        total = 0
         for one in module.computations[name].values():
             if one.opcode == "while":
                 assert one.called is not None
-                yield from of_computation(one.called, runs * trips(one))
-                continue
-            if one.kernel_name:
-                part = kernel_bytes(one)
+                total += of_computation(one.called) * trips(one)
+            elif one.opcode == "custom-call" and one.scope.endswith("/pallas_call"):
+                total += kernel_bytes(one)
             else:
-                part = _instruction_bytes(module, name, one)
-            if part:
-                yield one, runs, runs * part
+                total += _instruction_bytes(module, name, one)
+        return total
 
-    return of_computation(module.entry, 1)
+    return of_computation(module.entry)
 
 
 def _instruction_bytes(module: Module, place: str, one: Instruction) -> int:

@@ -25,11 +25,7 @@ _MMA = re.compile(
     r"\b(?P<op>mma\.sync|wgmma\.mma_async)[\w.:]*\s*(?P<operands>[^;]*)", re.DOTALL
 )
 _BRACES = re.compile(r"\{([^{}]*)\}")
-_COPY = re.compile(
-    r"\bcp\.async\.c[ag]\.shared\.global\s*\[[^\]]*\],\s*\[[^\]]*\],\s*(\w+)"
-)
-_LABEL = re.compile(r"^(\$\w+):", re.MULTILINE)
-_BRANCH = re.compile(r"\bbra(?:\.uni)?\s+(\$\w+);")
+_COPY_16 = re.compile(r"\bcp\.async\.c[ag]\.shared\.global[^;]*?,\s*(?:0x10|16)\b")
 _LOAD = re.compile(r"\bld\.global[\w.:]*?(?:\.v(?P<lanes>\d))?\.[bufs](?P<bits>\d+)\b")
 
 
@@ -58,9 +54,6 @@ class Instructions:
       mma: tensor core products.
       halved: those that sum one half of the contraction twice.
       copies_16: asynchronous copies of 16 bytes into shared memory.
-      bytes_ahead: of a thread's asynchronous copies of any width that are outside of
-        pipelined loops: they fill the pipeline, and its loop keeps as much under way.
-        All copies where none is outside: the loop was unrolled.
       loads_16: loads of 16 bytes into registers.
       loads_2: loads of 2 bytes, which bring a bf16 one at a time.
     """
@@ -68,7 +61,6 @@ class Instructions:
     mma: int
     halved: int
     copies_16: int
-    bytes_ahead: int
     loads_16: int
     loads_2: int
 
@@ -98,15 +90,9 @@ class Kernel:
         return self.instructions.copies_16 + self.instructions.loads_16
 
     @property
-    def flight_bytes(self) -> int:
-        """Bytes that a multiprocessor's blocks have asked for and wait for at once.
-
-        Copies of the pipeline's first turns, by all threads of all resident blocks;
-        threads that a small tile has no work for make a block's share smaller, never
-        larger than its shared memory.
-        """
-        per_block = self.threads * self.instructions.bytes_ahead
-        return self.blocks * min(per_block, self.shared_bytes)
+    def buffered_bytes(self) -> int:
+        """Shared memory of all resident blocks: room for what is on its way there."""
+        return self.shared_bytes * self.blocks
 
 
 def read_kernels(
@@ -146,13 +132,6 @@ def read_usage(report: str) -> dict[str, Usage]:
 def read_instructions(ptx: str) -> Instructions:
     """Count what matters in the text of one kernel."""
     products = [match for match in _MMA.finditer(ptx)]
-    copies = [(match.start(), int(match[1], 0)) for match in _COPY.finditer(ptx)]
-    loops = _straight_loops(ptx)
-    ahead = sum(
-        size
-        for place, size in copies
-        if not any(start < place < end for start, end in loops)
-    )
     loads = [
         int(match["bits"]) // 8 * int(match["lanes"] or 1)
         for match in _LOAD.finditer(ptx)
@@ -160,8 +139,7 @@ def read_instructions(ptx: str) -> Instructions:
     return Instructions(
         mma=len(products),
         halved=sum(_sums_half_twice(match["operands"]) for match in products),
-        copies_16=sum(size == 16 for _, size in copies),
-        bytes_ahead=ahead or sum(size for _, size in copies),
+        copies_16=len(_COPY_16.findall(ptx)),
         loads_16=loads.count(16),
         loads_2=loads.count(2),
     )
@@ -203,21 +181,6 @@ def _sums_half_twice(operands: str) -> bool:
         return False
     a, b = groups[1], groups[2]
     return a[:2] == a[2:] and b[0] == b[1]
-
-
-def _straight_loops(ptx: str) -> list[tuple[int, int]]:
-    """Return where loops of one block start and end, as pipelined loops are."""
-    labels = {found[1]: found.start() for found in _LABEL.finditer(ptx)}
-    loops = [
-        (labels[found[1]], found.start())
-        for found in _BRANCH.finditer(ptx)
-        if labels.get(found[1], len(ptx)) < found.start()
-    ]
-    return [
-        (start, end)
-        for start, end in loops
-        if not any(start < place < end for place in labels.values())
-    ]
 
 
 def _read_file(

@@ -18,7 +18,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import aot_bars
 import aot_target
 
 MODELS = ("llama-7b", "llama-13b", "llama-3-8b", "smollm2-135m")
@@ -33,44 +32,20 @@ class Report:
     Attributes:
       sampling_compile_s: by program, of those that draw tokens.
       floors: `aot_floor.Floor` of each program, in their order.
-      parts: `aot_moved.Part`s of each program.
+      moved: `aot_floor.Moved` of each program.
     """
 
     target: aot_target.Target
     shapes: Any
     programs: list[Any]
     floors: list[Any]
-    parts: list[list[Any]]
+    moved: list[Any]
     sampling_compile_s: dict[str, float]
-
-    @property
-    def faults(self) -> list[str]:
-        """A line for each bar of `aot_bars` that is missed."""
-        pools = self.shapes.pools
-        faults = []
-        for one, floor, parts in zip(
-            self.programs, self.floors, self.parts, strict=True
-        ):
-            faults += aot_bars.program_faults(
-                one,
-                layers=len(pools),
-                pool_bytes=sum(pool.size * pool.dtype.itemsize for pool in pools),
-            )
-            if not one.own_kernels:
-                continue
-            faults += aot_bars.moved_faults(
-                one.name, moved_bytes(parts), floor, self.target
-            )
-            for kernel in one.kernels:
-                if one.name.startswith("decode") and kernel.name in one.own_kernels:
-                    faults += aot_bars.flight_faults(kernel, self.target)
-        return faults
 
     def to_dict(self) -> dict[str, Any]:
         """Return what --json writes."""
         return {
             "target": self.target.name,
-            "faults": self.faults,
             "programs": [
                 {
                     "name": program.name,
@@ -87,33 +62,21 @@ class Report:
                             "spill_bytes": kernel.spill_bytes,
                             "shared_bytes": kernel.shared_bytes,
                             "occupancy": kernel.occupancy,
-                            "flight_bytes": kernel.flight_bytes,
                             "mma": kernel.instructions.mma,
                             "vector_loads": kernel.vector_loads,
                         }
                         for kernel in program.kernels
                     ],
                     "floor_s": floor.seconds(self.target),
-                    "moved_bytes": moved_bytes(parts),
-                    "distinct_bytes": distinct_bytes(parts),
+                    "moved_bytes": moved.moved_bytes,
+                    "moved_bytes_by_kernel": moved.kernels,
                     "fewest_bytes": floor.fewest_bytes,
-                    "moved": [dataclasses.asdict(part) for part in parts],
                 }
-                for program, floor, parts in zip(
-                    self.programs, self.floors, self.parts, strict=True
+                for program, floor, moved in zip(
+                    self.programs, self.floors, self.moved, strict=True
                 )
             ],
         }
-
-
-def moved_bytes(parts: Sequence[Any]) -> int:
-    """Return the bytes of all executed loads and stores of a program's parts."""
-    return sum(part.executed_bytes for part in parts)
-
-
-def distinct_bytes(parts: Sequence[Any]) -> int:
-    """Return the same with what one launch reads again counted once."""
-    return sum(part.distinct_bytes for part in parts)
 
 
 def report(
@@ -136,7 +99,6 @@ def report(
     """
     target = aot_target.read_target(target_name)
     import aot_floor
-    import aot_moved
     import aot_programs
 
     from jchameleon.config import EngineConfig, ModelConfig, default_max_model_len
@@ -174,8 +136,8 @@ def report(
         floors=[
             aot_floor.program_floor(shapes, program, traffic) for program in programs
         ],
-        parts=[
-            aot_moved.program_parts(shapes, program, traffic) for program in programs
+        moved=[
+            aot_floor.program_moved(shapes, program, traffic) for program in programs
         ],
         sampling_compile_s=aot_programs.compile_sampling(shapes, rows),
     )
@@ -205,56 +167,42 @@ def print_report(done: Report) -> None:
     print(f"\nsampling, compile: {sampling}\n")
     print(
         "| program | weights MB | KV MB | adapters MB | activations MB | GFLOP "
-        "| floor ms | fewest MB | moved MB | ratio | distinct MB | ratio |"
+        "| floor ms | bound by | moved MB | moved / fewest |"
     )
-    print("|---" * 12 + "|")
-    for one, floor, parts in zip(done.programs, done.floors, done.parts, strict=True):
-        fewest = floor.fewest_bytes
-        moved, distinct = moved_bytes(parts), distinct_bytes(parts)
+    print("|---" * 10 + "|")
+    for one, floor, moved in zip(done.programs, done.floors, done.moved, strict=True):
+        bound = "memory" if floor.is_memory_bound(done.target) else "operations"
         print(
             f"| {one.name} | {floor.weights_bytes / 1e6:.1f} "
             f"| {floor.kv_bytes / 1e6:.1f} | {floor.adapters_bytes / 1e6:.1f} "
             f"| {floor.activations_bytes / 1e6:.2f} | {floor.flops / 1e9:.1f} "
-            f"| {floor.seconds(done.target) * 1e3:.3f} | {fewest / 1e6:.1f} "
-            f"| {moved / 1e6:.1f} | {moved / fewest:.2f} "
-            f"| {distinct / 1e6:.1f} | {distinct / fewest:.2f} |"
+            f"| {floor.seconds(done.target) * 1e3:.3f} | {bound} "
+            f"| {moved.moved_bytes / 1e6:.1f} "
+            f"| {moved.moved_bytes / floor.fewest_bytes:.2f} |"
         )
-    for fault in done.faults:
-        print(f"\nmissed: {fault}")
-    for one in done.programs:
-        for warning in aot_bars.compile_warnings(one):
-            print(f"\nwarning: {warning}")
-    for one, parts in zip(done.programs, done.parts, strict=True):
-        _print_parts(one, parts)
+    for one, moved in zip(done.programs, done.moved, strict=True):
+        if moved.kernels:
+            parts = {**moved.kernels, "all else": moved.others}
+            shown = ", ".join(f"{k} {v / 1e6:.0f}" for k, v in parts.items())
+            print(f"\n{one.name} moves, MB: {shown}")
     for one in done.programs:
         _print_kernels(one)
-
-
-def _print_parts(program: Any, parts: list[Any]) -> None:
-    print(f"\n{program.name}: what moves")
-    print("| kind | launches | moved MB | distinct MB |\n|---|---|---|---|")
-    for part in parts:
-        print(
-            f"| {part.kind} | {part.launches} | {part.executed_bytes / 1e6:.2f} "
-            f"| {part.distinct_bytes / 1e6:.2f} |"
-        )
 
 
 def _print_kernels(program: Any) -> None:
     print(f"\n{program.name}: {len(program.kernels)} kernels")
     print(
         "| kernel | registers | spill B | shared B | threads | blocks/SM | occupancy "
-        "| KB in flight | mma | of them halved | 16 B copies | 16 B loads | 2 B loads |"
+        "| mma | of them halved | 16 B copies | 16 B loads | 2 B loads |"
     )
-    print("|---" * 13 + "|")
+    print("|---" * 12 + "|")
     for kernel in sorted(program.kernels, key=lambda kernel: kernel.name):
         found = kernel.instructions
         print(
             f"| {kernel.name} | {kernel.registers} | {kernel.spill_bytes} "
             f"| {kernel.shared_bytes} | {kernel.threads} | {kernel.blocks} "
-            f"| {kernel.occupancy:.2f} | {kernel.flight_bytes / 1e3:.0f} "
-            f"| {found.mma} | {found.halved} | {found.copies_16} "
-            f"| {found.loads_16} | {found.loads_2} |"
+            f"| {kernel.occupancy:.2f} | {found.mma} | {found.halved} "
+            f"| {found.copies_16} | {found.loads_16} | {found.loads_2} |"
         )
 
 

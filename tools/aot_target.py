@@ -14,13 +14,11 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+from jchameleon.runtime.xla_env import merge_flags
+
 ROOT = Path(__file__).resolve().parent.parent
 BACKENDS = ("pallas", "xla")
 TARGETS = ("a40", "a100", "h100")
-
-MEMORY_LATENCY_S = 600e-9
-"""From device memory, roughly: 450 to 650 ns are measured on Ampere and Hopper when
-the bus is idle."""
 
 WHEELS = {
     "jax_cuda12_plugin": "jax-cuda12-plugin",
@@ -51,14 +49,6 @@ class Target:
     memory_bytes: int
     bandwidth_bytes_per_s: float
     bf16_flops_per_s: float
-
-    @property
-    def flight_bytes(self) -> float:
-        """Bytes that each multiprocessor must wait for at once to fill the bus.
-
-        Little's law: bandwidth times latency.
-        """
-        return self.bandwidth_bytes_per_s * MEMORY_LATENCY_S / self.cores
 
 
 def read_target(name: str) -> Target:
@@ -100,6 +90,23 @@ def read_target(name: str) -> Target:
     )
 
 
+def find_target(kind: str, capability: str) -> tuple[Target | None, str]:
+    """Return the target that a GPU is, or is like, and how that was found.
+
+    By name ("NVIDIA A40"), else by compute capability ("9.0": an H200 counts as H100,
+    with less bandwidth than it has); none where there is none of either.
+    """
+    words = kind.lower().replace("-", " ").split()
+    for name in TARGETS:
+        if name in words:
+            return read_target(name), f"{name} by name"
+    for name in TARGETS:
+        target = read_target(name)
+        if target.capability == capability:
+            return target, f"{name} by compute capability alone"
+    return None, "none known"
+
+
 def missing_wheels() -> str | None:
     """Return a line that says what to install, or None if all is here."""
     missing = [wheel for module, wheel in WHEELS.items() if not _installed(module)]
@@ -115,9 +122,7 @@ def missing_wheels() -> str | None:
 def prepare(dump_dir: Path) -> None:
     """Set what XLA reads when jax is first imported; it dumps under `dump_dir`.
 
-    Without autotuning, which needs the device. Rematerialisation is off as a server
-    has to turn it off: weights and pool fill most of the memory, and XLA would
-    recompute values to save some.
+    Without autotuning, which needs the device, and otherwise with an engine's flags.
 
     Raises:
       RuntimeError: jax has been imported already.
@@ -128,14 +133,8 @@ def prepare(dump_dir: Path) -> None:
     os.environ["JAX_PLATFORMS"] = "cpu,cuda"
     # C++ logs that there is no GPU, once per library.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    os.environ["XLA_FLAGS"] = " ".join(
-        (
-            os.environ.get("XLA_FLAGS", ""),
-            "--xla_gpu_autotune_level=0",
-            "--xla_disable_hlo_passes=rematerialization",
-            f"--xla_dump_to={dump_dir}",
-        )
-    ).strip()
+    own = f"--xla_gpu_autotune_level=0 --xla_dump_to={dump_dir}"
+    os.environ["XLA_FLAGS"] = merge_flags(f"{os.environ.get('XLA_FLAGS', '')} {own}")
 
 
 def open_device(target: Target) -> Any:

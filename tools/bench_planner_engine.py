@@ -233,7 +233,7 @@ class SteadyEngine:
 
     def _execute(self, plan: Plan) -> None:
         self._events += [LoadDone(load.uid) for load in plan.loads]
-        for request_id, _ in plan.failed:
+        for request_id, *_ in plan.failed:
             self._forget(request_id)
         done = list(plan.decode)
         for chunk in plan.prefill:

@@ -45,7 +45,7 @@ from jchameleon.lora.layout import ChunkLayout
 from jchameleon.models.embedded import home_dir
 from jchameleon.models.params import numpy_dtype
 from jchameleon.runtime.policy.presets import load_policy
-from jchameleon.runtime.setup import page_elems
+from jchameleon.runtime.sizing import page_elems
 
 PRESETS = (
     "chameleon",

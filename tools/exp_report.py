@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from exp_figure import line_chart
+
+from jchameleon.client.chart import line_chart
 
 Run = Mapping[str, Any]
 """One run as `exp_policies` keeps it."""
@@ -334,5 +335,6 @@ def figure(state: Mapping[str, Any]) -> str:
     return line_chart(
         f"{state['settings']['model']}: P99 TTFT in ms, median over seeds",
         {preset: points for preset, points in lines.items() if points},
+        across="load / saturation",
         limit=1e3 * state["slo_s"],
     )

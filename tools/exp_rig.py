@@ -21,6 +21,7 @@ from jchameleon.runtime.outbox import Delta, Outbox
 from jchameleon.runtime.policy.plan import Books
 from jchameleon.runtime.policy.planner import Planner
 from jchameleon.runtime.setup import build_executor, build_planner, start_engine
+from jchameleon.runtime.staging import HostStaging, Packer
 from jchameleon.sampling import SamplingParams
 
 SILENCE_S = 300.0
@@ -237,7 +238,11 @@ class Rig:
             self._executor,
             planner,
             log=None,
-            fetch=self._adapters.__getitem__,
+            staging=HostStaging(
+                Packer(self._executor.layout, self._executor.dtype),
+                self._executor.device,
+                self._adapters.__getitem__,
+            ),
         )
         try:
             for card in self._cards:

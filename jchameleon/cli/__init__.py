@@ -1,4 +1,4 @@
-"""The command line: `jchameleon generate`, `info`, `export`, `adapters`, `replay`.
+"""The command line: `jchameleon generate`, `serve`, `info`, `export` and others.
 
 Exit codes: 0 done; 1 a fault of this program (with a traceback); 2 wrong usage or
 input, with one line on stderr; 3 a replay whose plans differ from the log's; 130
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from jchameleon import __version__
-from jchameleon.cli import adapters, export, generate, info, replay
+from jchameleon.cli import adapters, bench, export, generate, info, replay, serve
 from jchameleon.errors import JChameleonError
 
 
@@ -49,9 +49,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     generate.add_command(commands)
+    serve.add_command(commands)
     info.add_command(commands)
     export.add_command(commands)
     adapters.add_command(commands)
+    bench.add_command(commands)
     replay.add_command(commands)
     return parser
 

@@ -1,4 +1,4 @@
-"""`jchameleon adapters`: what is in an adapter's files, and whether they fit."""
+"""`jchameleon adapters`: what is in an adapter's files, and a server's adapters."""
 
 import argparse
 import json
@@ -6,12 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from jchameleon.cli.options import add_model, print_facts
+from jchameleon.cli.server_adapters import add_actions
 from jchameleon.config import EngineConfig
 
 
 def add_command(commands: Any) -> None:
     """Add `adapters` and its actions to the subcommands of an argument parser."""
-    adapters = commands.add_parser("adapters", help="work with adapter files")
+    adapters = commands.add_parser(
+        "adapters", help="check adapter files, manage a server's adapters"
+    )
     actions = adapters.add_subparsers(dest="action", required=True, metavar="ACTION")
     parser = actions.add_parser(
         "inspect",
@@ -22,6 +25,7 @@ def add_command(commands: Any) -> None:
     parser.add_argument("dir", type=Path, metavar="DIR", help="a PEFT directory")
     add_model(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    add_actions(actions)
 
 
 def run_inspect(args: argparse.Namespace) -> None:

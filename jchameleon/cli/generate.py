@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> None:
     # Weights are read on one core while jax is imported on another.
     with concurrent.futures.ThreadPoolExecutor(1) as reader:
         read = reader.submit(load_model, args.model, dtype=args.dtype)
-        from jchameleon.llm import LLM
+        from jchameleon import LLM
 
         model = read.result()
     with LLM(model, adapters=adapters, dtype=args.dtype, **engine) as llm:
@@ -349,6 +349,7 @@ def _completion(one: "CompletionOutput") -> dict[str, Any]:
         "finish_reason": one.finish_reason,
         "timing": dataclasses.asdict(one.timing),
         "error": one.error,
+        "fault": one.fault,
     }
 
 

@@ -23,6 +23,7 @@ from jchameleon.lora.safetensors import (
     open_regular,
     parse_json,
     read_exactly,
+    read_failure,
     read_safetensors,
     short,
 )
@@ -52,13 +53,14 @@ def load_peft_adapter(
       AdapterError: PEFT would apply the adapter otherwise than `HostAdapter` can say,
         the files are damaged or do not fit the model, or a rank exceeds `max_rank`.
         The message names field, module and numbers.
+      AdapterReadError: a file is there and cannot be read now.
     """
     directory = Path(path)
     try:
         modules = _load_modules(directory, model, max_rank)
         return HostAdapter.build(modules, source=str(directory))
     except AdapterError as error:
-        raise AdapterError(f"adapter {str(directory)!r}: {error}") from error
+        raise type(error)(f"adapter {str(directory)!r}: {error}") from error
 
 
 def _load_modules(
@@ -106,7 +108,7 @@ def _read_config(directory: Path) -> dict[str, Any]:
     try:
         present = directory.is_dir()
     except (OSError, ValueError) as error:
-        raise AdapterError(f"cannot read the directory: {error}") from error
+        raise read_failure("the directory", error) from error
     if not present:
         raise AdapterError("there is no such directory")
     file, file_bytes = open_regular(directory / CONFIG_NAME, max_bytes=MAX_CONFIG_BYTES)

@@ -7,6 +7,7 @@ been checked against the size of the file.
 """
 
 import dataclasses
+import errno
 import json
 import math
 import os
@@ -17,7 +18,7 @@ from typing import Any, BinaryIO
 import ml_dtypes
 import numpy as np
 
-from jchameleon.errors import AdapterError
+from jchameleon.errors import AdapterError, AdapterReadError
 
 MAX_HEADER_BYTES = 100_000_000
 """Longest header that the format's own implementation reads."""
@@ -30,6 +31,20 @@ DTYPES = {
 """Element types of adapters; any other is refused."""
 
 _MAX_DIMS = 8
+
+_NOT_THERE = frozenset(
+    {
+        errno.ENOENT,
+        errno.ENOTDIR,
+        errno.EISDIR,
+        errno.ELOOP,
+        errno.ENAMETOOLONG,
+        errno.ENXIO,
+        errno.EACCES,
+        errno.EPERM,
+    }
+)
+"""What an operating system says of a file that no later attempt will read either."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,20 +63,32 @@ class TensorEntry:
     end_bytes: int
 
 
+def read_failure(what: str, error: OSError | ValueError) -> AdapterError:
+    """Return the error to raise where the operating system lets us not read.
+
+    An `AdapterReadError` unless there is nothing to read; ValueError is what Python
+    raises for a path with a null character.
+    """
+    message = f"cannot read {what}: {getattr(error, 'strerror', None) or error}"
+    if isinstance(error, OSError) and error.errno not in _NOT_THERE:
+        return AdapterReadError(message)
+    return AdapterError(message)
+
+
 def open_regular(path: Path, *, max_bytes: int) -> tuple[BinaryIO, int]:
     """Open a regular file for reading; return it and its size in bytes.
 
     A pipe or device is refused without waiting for its other end.
 
     Raises:
-      AdapterError: missing, unreadable, no regular file, or over `max_bytes`.
+      AdapterError: missing, no regular file, or over `max_bytes`.
+      AdapterReadError: it is there and cannot be read now.
     """
     try:
         # O_NONBLOCK: opening a FIFO would otherwise wait for a writer.
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise AdapterError(f"cannot read {path.name}: {reason}") from error
+        raise read_failure(path.name, error) from error
     status = os.fstat(fd)
     if not stat.S_ISREG(status.st_mode):
         os.close(fd)
@@ -78,14 +105,15 @@ def read_exactly(file: BinaryIO, buffer: memoryview, *, name: str) -> None:
     """Fill `buffer` from `file`.
 
     Raises:
-      AdapterError: the file ended early or cannot be read.
+      AdapterError: the file ended early.
+      AdapterReadError: it cannot be read now.
     """
     done = 0
     while done < len(buffer):
         try:
             count = file.readinto(buffer[done:])  # type: ignore[attr-defined]
         except OSError as error:
-            raise AdapterError(f"cannot read {name}: {error.strerror}") from error
+            raise read_failure(name, error) from error
         if not count:
             raise AdapterError(f"{name} ended after {done} of {len(buffer)} bytes")
         done += count

@@ -7,6 +7,7 @@ through bare pointers: the shapes were checked when the call was traced.
 """
 
 import ctypes
+import logging
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -17,6 +18,8 @@ import numba
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
+
+logger = logging.getLogger(__name__)
 
 # Byte offsets, all fields eight bytes wide (an int is padded to eight).
 _EXTENSION, _API, _ARGS, _RETS = 8, 16, 40, 80  # of XLA_FFI_CallFrame
@@ -145,10 +148,21 @@ def register(name: str, handler: Callable[[int], int]) -> None:
     with _LOCK:
         if name in _REGISTERED:
             return
-        compiled = numba.cfunc(HANDLER, cache=True, nopython=True)(handler)
+        compiled = _compiled(handler)
         pointer = ctypes.cast(compiled.address, ctypes.CFUNCTYPE(None))
         jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(pointer), platform="cpu")
         _REGISTERED[name] = compiled
+
+
+def _compiled(handler: Callable[[int], int]) -> Any:
+    try:
+        return numba.cfunc(HANDLER, cache=True, nopython=True)(handler)
+    except Exception as error:  # numba unpickles what it finds, whatever that is
+        logger.warning(
+            "cannot use numba's cache in %s (%s: %s); compiling without it",
+            *(numba.config.CACHE_DIR, type(error).__name__, error),
+        )
+        return numba.cfunc(HANDLER, nopython=True)(handler)
 
 
 _LOCK = threading.Lock()

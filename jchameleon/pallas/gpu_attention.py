@@ -9,6 +9,7 @@ row's context end at once.
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,10 +21,12 @@ from jchameleon.pallas import gpu_pages as pages
 from jchameleon.pallas.gpu_device import (
     MIN_CONTRACTION,
     MIN_ROWS,
+    check_launch,
     dot,
     multiprocessors,
 )
 from jchameleon.pallas.gpu_prefill_attention import PrefillConfig, attend_tiles
+from jchameleon.pallas.tuned import UNTUNED, Key, TunedTable, make_key
 
 MAX_SPLITS = 16
 
@@ -48,6 +51,7 @@ class DecodeConfig:
             raise ValueError(f"bn={self.bn} must be a power of two >= 16")
         if self.splits < 1:
             raise ValueError(f"splits={self.splits} must be at least 1")
+        check_launch(self.num_warps, self.num_stages)
 
 
 def decode_config(
@@ -76,6 +80,30 @@ def decode_config(
     return DecodeConfig(bn=bn, splits=splits, num_warps=num_warps, num_stages=3)
 
 
+def decode_key(
+    rows: int,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    *,
+    block_tokens: int,
+    max_context_tokens: int,
+    dtype: Any,
+) -> Key:
+    """Return what a table knows a decode step's attention by."""
+    return make_key(
+        "attention_decode",
+        phase="decode",
+        dtype=dtype,
+        rows=rows,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        block_tokens=block_tokens,
+        max_context_tokens=max_context_tokens,
+    )
+
+
 def paged_attention_gpu(
     q: jax.Array,  # f[H, HD, T]
     pool: jax.Array,  # f[P, E]
@@ -87,6 +115,7 @@ def paged_attention_gpu(
     block_tokens: int,
     interpret: bool = False,
     arch: str | None = None,
+    tuned: TunedTable = UNTUNED,
     blocks: jax.Array | None = None,  # i32[NB, 3], see build_attention_blocks
     config: DecodeConfig | PrefillConfig | None = None,
 ) -> jax.Array:  # f[H, HD, T]
@@ -98,7 +127,9 @@ def paged_attention_gpu(
     Args:
       arch: "sm_80", "sm_86", "sm_90" or None, for the choice of a configuration.
       blocks: prefill tiles to take together; each by itself without it.
-      config: instead of the one chosen by shapes and `arch`.
+      tuned: configurations that were measured.
+      config: instead of one of `tuned`, or, where it has none, the one chosen by shapes
+        and `arch`.
 
     Raises:
       ValueError: no kernel serves these shapes, types or this configuration.
@@ -116,6 +147,11 @@ def paged_attention_gpu(
         raise ValueError(
             f"{num_tokens=} must be {num_tiles=} times a power of two of tokens"
         )
+    if positions.shape != (num_tokens,) or context_tokens.shape != (num_tiles,):
+        raise ValueError(
+            f"{positions.shape=} and {context_tokens.shape=} must be ({num_tokens},) "
+            f"and ({num_tiles},)"
+        )
     q = q.transpose(2, 0, 1).astype(pool.dtype)  # [T, H, HD]
     rows = pages.as_rows(pool, kv_heads, block_tokens)
     if tile > 1:
@@ -130,13 +166,26 @@ def paged_attention_gpu(
             blocks,
             config=config,
             arch=arch,
+            tuned=tuned,
             interpret=interpret,
         )
         return out.transpose(1, 2, 0)
     if isinstance(config, PrefillConfig) or blocks is not None:
         raise ValueError("PrefillConfig and blocks are for tiles of several tokens")
-    config = config or decode_config(
-        num_tokens, kv_heads, head_dim, max_blocks * block_tokens, arch=arch
+    context = max_blocks * block_tokens
+    key = decode_key(
+        num_tokens,
+        heads,
+        kv_heads,
+        head_dim,
+        block_tokens=block_tokens,
+        max_context_tokens=context,
+        dtype=pool.dtype,
+    )
+    config = (
+        config
+        or tuned.find(key)
+        or decode_config(num_tokens, kv_heads, head_dim, context, arch=arch)
     )
     out = _attend_rows(
         q, rows, page_table, context_tokens, config=config, interpret=interpret

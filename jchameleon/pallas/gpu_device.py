@@ -36,6 +36,14 @@ def arch_of(capability: str) -> str:
     return f"sm_{major}{minor}"
 
 
+def check_launch(num_warps: int, num_stages: int) -> None:
+    """Raise ValueError unless Triton can launch a kernel like this."""
+    if num_warps not in (1, 2, 4, 8):
+        raise ValueError(f"{num_warps=} must be 1, 2, 4 or 8")
+    if num_stages < 1:
+        raise ValueError(f"{num_stages=} must be at least 1")
+
+
 def multiprocessors(arch: str | None) -> int:
     """Return how many a GPU has; another one, or None, counts as an A100."""
     return MULTIPROCESSORS.get(arch or "", MULTIPROCESSORS["sm_80"])

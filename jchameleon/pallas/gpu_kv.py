@@ -6,6 +6,7 @@ the pool is updated in place.
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,8 @@ from jax.experimental import pallas as pl
 
 from jchameleon.pallas import _compat
 from jchameleon.pallas import gpu_pages as pages
+from jchameleon.pallas.gpu_device import check_launch
+from jchameleon.pallas.tuned import UNTUNED, Key, TunedTable, make_key
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,6 +35,7 @@ class KvConfig:
     def __post_init__(self) -> None:
         if self.rows < 1 or self.rows & (self.rows - 1):
             raise ValueError(f"rows={self.rows} must be a power of two")
+        check_launch(self.num_warps, self.num_stages)
 
 
 def kv_config(num_tokens: int, heads: int) -> KvConfig:
@@ -41,6 +45,30 @@ def kv_config(num_tokens: int, heads: int) -> KvConfig:
     spread over more programs.
     """
     return KvConfig(rows=4 if num_tokens * heads >= 4 * 512 else 1)
+
+
+def rope_write_key(
+    num_tokens: int,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    *,
+    block_tokens: int,
+    norms: bool,
+    dtype: Any,
+) -> Key:
+    """Return what a table knows a call by; decode and prefill are one kernel."""
+    return make_key(
+        "rope_write",
+        phase="any",
+        dtype=dtype,
+        tokens=num_tokens,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        block_tokens=block_tokens,
+        norms=int(norms),
+    )
 
 
 def rope_write_gpu(
@@ -57,12 +85,17 @@ def rope_write_gpu(
     k_norm: jax.Array | None = None,  # f[HD]
     eps: float = 1e-6,
     interpret: bool = False,
+    tuned: TunedTable = UNTUNED,
     config: KvConfig | None = None,
 ) -> tuple[jax.Array, jax.Array]:  # q f[H, HD, T], pool f[P, E]
     """Return rotated queries, and the pool with rotated keys and values in their pages.
 
     As `head_norm` (where there are norms) and `apply_rope` of the layer and then
     `write_kv`, but computed in float32 and rounded once, at the end.
+
+    Args:
+      tuned: configurations that were measured.
+      config: instead of one of `tuned`, or, where it has none, that of `kv_config`.
 
     Raises:
       ValueError: the kernel does not serve these shapes or types.
@@ -78,8 +111,18 @@ def rope_write_gpu(
     pages.check_integers(kv_pages=kv_pages, slots=slots)
     if (q_norm is None) != (k_norm is None):
         raise ValueError("q_norm and k_norm must be given together or not at all")
-    config = config or kv_config(num_tokens, heads + 2 * kv_heads)
-    norms = () if q_norm is None else (q_norm, k_norm)
+    norms = () if q_norm is None or k_norm is None else (q_norm, k_norm)
+    _check_operands(qkv, rope, norms, kv_pages, slots, head_dim)
+    key = rope_write_key(
+        num_tokens,
+        heads,
+        kv_heads,
+        head_dim,
+        block_tokens=block_tokens,
+        norms=bool(norms),
+        dtype=pool.dtype,
+    )
+    config = config or tuned.find(key) or kv_config(num_tokens, heads + 2 * kv_heads)
     operands = (qkv.T, *(table.T for table in rope), *norms, kv_pages, slots)
     q, rows = _compat.triton_call(
         _rope_write_kernel,
@@ -97,6 +140,29 @@ def rope_write_gpu(
         tile_rows=config.rows,
     )(*operands, pages.as_rows(pool, kv_heads, block_tokens))
     return q.transpose(1, 2, 0), rows.reshape(pool.shape)
+
+
+def _check_operands(
+    qkv: jax.Array,
+    rope: tuple[jax.Array, jax.Array],
+    norms: tuple[jax.Array, ...],
+    kv_pages: jax.Array,
+    slots: jax.Array,
+    head_dim: int,
+) -> None:
+    """Raise ValueError where the kernel would read beyond an array, or misread it."""
+    num_tokens = qkv.shape[1]
+    if qkv.dtype.name not in pages.DTYPES:
+        raise ValueError(f"qkv dtype={qkv.dtype.name} must be one of {pages.DTYPES}")
+    expected = [
+        *(("rope", table, (head_dim // 2, num_tokens)) for table in rope),
+        *(("norm", norm, (head_dim,)) for norm in norms),
+        ("kv_pages", kv_pages, (num_tokens,)),
+        ("slots", slots, (num_tokens,)),
+    ]
+    for name, array, shape in expected:
+        if array.shape != shape:
+            raise ValueError(f"{name} shape {array.shape} must be {shape}")
 
 
 def _rope_write_kernel(

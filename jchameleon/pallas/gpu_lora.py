@@ -5,6 +5,7 @@ one launch and each tile of x. h is as wide as the largest adapter allowed, but 
 the places of listed work are written, and only those are read.
 """
 
+import math
 from typing import Any
 
 import jax
@@ -23,9 +24,13 @@ from jchameleon.pallas.gpu_lora_config import (
     check_shrink,
     choose_expand,
     choose_shrink,
+    expand_key,
+    shrink_key,
 )
 from jchameleon.pallas.gpu_lora_tiles import columns_of, reader_of_a, reader_of_b
 from jchameleon.pallas.gpu_lora_work import GpuLoraWork, blocking
+from jchameleon.pallas.gpu_pages import DTYPES, check_integers
+from jchameleon.pallas.tuned import UNTUNED, TunedTable
 
 
 def multi_lora_gpu(
@@ -37,6 +42,7 @@ def multi_lora_gpu(
     group: GroupLayout,
     interpret: bool = False,
     arch: str | None = None,
+    tuned: TunedTable = UNTUNED,
     shrink: ShrinkConfig | None = None,
     expand: ExpandConfig | None = None,
 ) -> jax.Array:  # f[N, T]
@@ -48,37 +54,75 @@ def multi_lora_gpu(
     Args:
       interpret: run on any device, without a GPU's compiler; for tests.
       arch: compute capability ("sm_86") that block sizes are chosen for.
-      shrink, expand: block sizes, if not those that `choose_shrink` and
-        `choose_expand` name.
+      tuned: block sizes that were measured.
+      shrink, expand: block sizes, if not those of `tuned`, nor, where it has none,
+        those that `choose_shrink` and `choose_expand` name.
 
     Raises:
-      ValueError: element types differ, or block sizes do not fit the shapes.
+      ValueError: element types differ, the work list is not of these shapes, or block
+        sizes do not fit them.
     """
     page_elems = pool.shape[1]
-    if x.dtype != pool.dtype or pool.dtype not in (jnp.float32, jnp.bfloat16):
-        raise ValueError(
-            f"x.dtype={x.dtype.name} must be pool.dtype={pool.dtype.name}, float32 or "
-            "bfloat16"
-        )
-    if x.shape[0] != group.d_in or y.shape[1] != x.shape[1]:
-        raise ValueError(f"{x.shape=} and {y.shape=} must be d_in={group.d_in}, N by T")
+    _check_arrays(y, x, pool, group)
+    _check_work(work, page_elems, group)
+    num_items, num_blocks = work.items.shape[1], work.blocks.shape[1]
+    of_step: dict[str, Any] = {"prefill": work.prefill, "dtype": pool.dtype}
+    of_step["num_tokens"] = x.shape[1]
     step: dict[str, Any] = {
         "prefill": work.prefill,
         "elem_bytes": pool.dtype.itemsize,
         "arch": arch,
     }
-    if shrink is None:
-        items = work.items.shape[1]
-        shrink = choose_shrink(group, page_elems, num_items=items, **step)
-    if expand is None:
-        blocks = work.blocks.shape[1]
-        expand = choose_expand(group, page_elems, num_blocks=blocks, **step)
+    shrink = (
+        shrink
+        or tuned.find(shrink_key(group, page_elems, num_items=num_items, **of_step))
+        or choose_shrink(group, page_elems, num_items=num_items, **step)
+    )
+    expand = (
+        expand
+        or tuned.find(expand_key(group, page_elems, num_blocks=num_blocks, **of_step))
+        or choose_expand(group, page_elems, num_blocks=num_blocks, **step)
+    )
     check_shrink(shrink, group, page_elems)
     check_expand(expand, group, page_elems)
     of: dict[str, Any] = {"group": group, "interpret": interpret}
     h = shrink_call(x.T, pool, work, config=shrink, **of)
     out = expand_call(y.T, h, pool, work, config=expand, **of)
     return out.T
+
+
+def _check_arrays(
+    y: jax.Array, x: jax.Array, pool: jax.Array, group: GroupLayout
+) -> None:
+    if x.dtype != pool.dtype or pool.dtype.name not in DTYPES:
+        raise ValueError(
+            f"x.dtype={x.dtype.name} must be pool.dtype={pool.dtype.name}, float32 or "
+            "bfloat16"
+        )
+    if y.dtype.name not in DTYPES:
+        raise ValueError(f"y.dtype={y.dtype.name} must be one of {DTYPES}")
+    if x.shape[0] != group.d_in or y.shape[1] != x.shape[1]:
+        raise ValueError(f"{x.shape=} and {y.shape=} must be d_in={group.d_in}, N by T")
+    rows = max(sum(group.out_columns[p]) for p in group.projections)
+    if y.shape[0] < rows:
+        raise ValueError(f"{y.shape=} must have the {rows} rows of {group.name}")
+
+
+def _check_work(work: GpuLoraWork, page_elems: int, group: GroupLayout) -> None:
+    """Raise ValueError where lists would lead out of a chunk, or lose their tail."""
+    check_integers(
+        counts=work.counts, items=work.items, blocks=work.blocks, pages=work.pages
+    )
+    num_items, num_blocks = work.items.shape[1], work.blocks.shape[1]
+    if num_items % num_blocks:
+        raise ValueError(f"{num_items=} must be a multiple of {num_blocks=}")
+    a_end = group.a_offset + math.prod(group.a_shape)
+    needed = max(a_end, group.b_offset + math.prod(group.b_shape))
+    if work.pages.shape[1] * page_elems < needed:
+        raise ValueError(
+            f"chunks of {work.pages.shape[1]} pages of {page_elems=} must hold "
+            f"{needed} elements"
+        )
 
 
 def shrink_call(

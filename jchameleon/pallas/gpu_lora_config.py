@@ -13,10 +13,15 @@ row of A looks its page up is the `lookup`, fixed by the shapes:
 
 import dataclasses
 import math
-from typing import Literal
+from typing import Any, Literal
 
 from jchameleon.lora.layout import GroupLayout
-from jchameleon.pallas.gpu_device import MIN_CONTRACTION, multiprocessors
+from jchameleon.pallas.gpu_device import (
+    MIN_CONTRACTION,
+    check_launch,
+    multiprocessors,
+)
+from jchameleon.pallas.tuned import Key, make_key
 
 Lookup = Literal["static", "hoist", "select", "element"]
 
@@ -125,6 +130,52 @@ def choose_expand(
     )
 
 
+def shrink_key(
+    group: GroupLayout,
+    page_elems: int,
+    *,
+    num_tokens: int,
+    num_items: int,
+    prefill: bool,
+    dtype: Any,
+) -> Key:
+    """Return what a table knows a call of shrink by."""
+    return make_key(
+        "lora_shrink",
+        phase="prefill" if prefill else "decode",
+        dtype=dtype,
+        tokens=num_tokens,
+        items=num_items,
+        page_elems=page_elems,
+        d_in=group.d_in,
+        projections=len(group.projections),
+        a_offset=group.a_offset,
+    )
+
+
+def expand_key(
+    group: GroupLayout,
+    page_elems: int,
+    *,
+    num_tokens: int,
+    num_blocks: int,
+    prefill: bool,
+    dtype: Any,
+) -> Key:
+    """Return what a table knows a call of expand by."""
+    return make_key(
+        "lora_expand",
+        phase="prefill" if prefill else "decode",
+        dtype=dtype,
+        tokens=num_tokens,
+        blocks=num_blocks,
+        page_elems=page_elems,
+        b_offset=group.b_offset,
+        columns=tuple(group.columns[p][1] for p in group.projections),
+        y_columns=tuple(group.out_columns[p][0] for p in group.projections),
+    )
+
+
 def check_shrink(config: ShrinkConfig, group: GroupLayout, page_elems: int) -> None:
     """Raise ValueError where `config` would read or add up the wrong elements."""
     _check_common(config, page_elems)
@@ -173,10 +224,7 @@ def _check_common(config: ShrinkConfig | ExpandConfig, page_elems: int) -> None:
         raise ValueError(f"{page_elems=} must be a multiple of 8: loads of 16 bytes")
     if config.programs < 1:
         raise ValueError(f"programs={config.programs} must be at least 1")
-    if config.num_warps not in (1, 2, 4, 8):
-        raise ValueError(f"num_warps={config.num_warps} must be 1, 2, 4 or 8")
-    if config.num_stages < 1:
-        raise ValueError(f"num_stages={config.num_stages} must be at least 1")
+    check_launch(config.num_warps, config.num_stages)
 
 
 def _check_tile(name: str, value: int) -> None:

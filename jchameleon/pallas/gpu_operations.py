@@ -17,6 +17,7 @@ from jchameleon.pallas.gpu_prefill_attention import (
     attention_block_tiles,
     build_attention_blocks,
 )
+from jchameleon.pallas.tuned import TunedTable
 
 
 def check_model(model: ModelConfig) -> None:
@@ -68,14 +69,15 @@ def build_blocks(
 
 
 @functools.cache
-def gpu_forms(arch: str | None, *, interpret: bool) -> dict[str, Any]:
+def gpu_forms(
+    arch: str | None, *, interpret: bool, tuned: TunedTable
+) -> dict[str, Any]:
     """Return the fields of `Operations` for a GPU, the same objects every time."""
+    of: dict[str, Any] = {"interpret": interpret, "tuned": tuned}
     return {
-        "rope_write": functools.partial(rope_write_gpu, interpret=interpret),
-        "paged_attention": functools.partial(
-            paged_attention_gpu, arch=arch, interpret=interpret
-        ),
-        "multi_lora": functools.partial(multi_lora_gpu, arch=arch, interpret=interpret),
+        "rope_write": functools.partial(rope_write_gpu, **of),
+        "paged_attention": functools.partial(paged_attention_gpu, arch=arch, **of),
+        "multi_lora": functools.partial(multi_lora_gpu, arch=arch, **of),
         "build_lora": build_lora,
         "build_blocks": build_blocks,
         "sorts_rows": True,

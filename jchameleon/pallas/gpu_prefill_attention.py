@@ -8,6 +8,7 @@ token of the context.
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,13 @@ from jax.experimental import pallas as pl
 
 from jchameleon.pallas import _compat
 from jchameleon.pallas import gpu_pages as pages
-from jchameleon.pallas.gpu_device import MIN_CONTRACTION, MIN_ROWS, dot
+from jchameleon.pallas.gpu_device import (
+    MIN_CONTRACTION,
+    MIN_ROWS,
+    check_launch,
+    dot,
+)
+from jchameleon.pallas.tuned import Key, TunedTable, make_key
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,6 +47,7 @@ class PrefillConfig:
             value = getattr(self, name)
             if value < MIN_CONTRACTION or value & (value - 1):
                 raise ValueError(f"{name}={value} must be a power of two >= 16")
+        check_launch(self.num_warps, self.num_stages)
 
 
 def max_rows(head_dim: int, dtype: np.dtype) -> int:
@@ -65,6 +73,40 @@ def prefill_config(
         num_warps=8 if bm >= 128 or head_dim > 128 else 4,
         num_stages=2,
     )
+
+
+def prefill_key(
+    num_tokens: int,
+    query_tokens: int,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    *,
+    block_tokens: int,
+    dtype: Any,
+) -> Key:
+    """Return what a table knows a prefill step's attention by.
+
+    Args:
+      query_tokens: most tokens of a block (`build_attention_blocks`).
+    """
+    return make_key(
+        "attention_prefill",
+        phase="prefill",
+        dtype=dtype,
+        tokens=num_tokens,
+        query_tokens=query_tokens,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        block_tokens=block_tokens,
+    )
+
+
+def check_prefill(config: PrefillConfig, query_tokens: int) -> None:
+    """Raise ValueError where a program has too few rows for a block."""
+    if config.bm < query_tokens:
+        raise ValueError(f"bm={config.bm} must hold a block of {query_tokens} tokens")
 
 
 def attention_block_tiles(
@@ -119,6 +161,7 @@ def attend_tiles(
     *,
     config: PrefillConfig | None,
     arch: str | None,
+    tuned: TunedTable,
     interpret: bool,
 ) -> jax.Array:  # f[T, H, HD]
     """Return causal attention of prefill tiles; see `paged_attention_gpu`."""
@@ -133,14 +176,28 @@ def attend_tiles(
         blocks = jnp.stack([first, jnp.full_like(first, tile), context_tokens], axis=1)
     else:
         pages.check_integers(blocks=blocks)
+        if blocks.ndim != 2 or blocks.shape[1] != 3:
+            raise ValueError(f"{blocks.shape=} must be (blocks, 3)")
         tokens = tile * attention_block_tiles(
             heads, kv_heads, head_dim, q.dtype, tile_tokens=tile
         )
-    config = config or prefill_config(
-        tokens * pages.power_of_two(group), head_dim, q.dtype, arch=arch
+    key = prefill_key(
+        num_tokens,
+        tokens,
+        heads,
+        kv_heads,
+        head_dim,
+        block_tokens=rows.shape[2],
+        dtype=rows.dtype,
     )
-    if config.bm < tokens:
-        raise ValueError(f"bm={config.bm} must hold a block of {tokens} tokens")
+    config = (
+        config
+        or tuned.find(key)
+        or prefill_config(
+            tokens * pages.power_of_two(group), head_dim, q.dtype, arch=arch
+        )
+    )
+    check_prefill(config, tokens)
     together = min(pages.power_of_two(group), config.bm // tokens)
     return _compat.triton_call(
         _prefill_kernel,

@@ -20,6 +20,7 @@ from jchameleon.pallas.multi_lora import (
     multi_lora,
 )
 from jchameleon.pallas.paged_attention import paged_attention, write_kv
+from jchameleon.pallas.tuned import UNTUNED, TunedTable
 
 
 def build_lora(
@@ -82,18 +83,27 @@ CPU = Operations(
 """Loops that `compile_operations` compiles with numba; float32 on CPU."""
 
 
-@functools.cache
-def pallas_operations(arch: str | None, *, interpret: bool = False) -> Operations:
+def pallas_operations(
+    arch: str | None, *, interpret: bool = False, tuned: TunedTable = UNTUNED
+) -> Operations:
     """Return the kernels for NVIDIA GPUs; float32 or bfloat16.
 
     Args:
       arch: "sm_80", "sm_86", "sm_90": what block sizes are chosen for.
       interpret: run them program by program on any device; for tests.
+      tuned: block sizes that were measured, which go before those chosen.
     """
+    return _pallas_operations(arch, interpret, tuned)
+
+
+@functools.cache
+def _pallas_operations(
+    arch: str | None, interpret: bool, tuned: TunedTable
+) -> Operations:
     # Here: nothing else needs Pallas, and a start should not wait for its import.
     from jchameleon.pallas import gpu_operations
 
-    forms = gpu_operations.gpu_forms(arch, interpret=interpret)
+    forms = gpu_operations.gpu_forms(arch, interpret=interpret, tuned=tuned)
     return Operations(name="pallas", **forms)
 
 
@@ -104,6 +114,7 @@ def choose_operations(
     dtype: np.dtype,
     model: ModelConfig,
     capability: str | None = None,
+    device_kind: str | None = None,
 ) -> Operations:
     """Return the operations of a backend; `compile_operations` makes them ready.
 
@@ -114,9 +125,11 @@ def choose_operations(
       platform: of the device, as jax names it.
       dtype: of the pool.
       capability: compute capability of a GPU ("8.6").
+      device_kind: of a GPU ("NVIDIA A40"), whose table of block sizes is read.
 
     Raises:
-      ConfigError: the backend does not serve this device, element type or model.
+      ConfigError: the backend does not serve this device, element type or model, or
+        the GPU's table is wrong.
     """
     if backend == "xla":
         return XLA
@@ -131,27 +144,35 @@ def choose_operations(
             f"{platform!r}; use backend='xla'"
         )
     try:
-        return _choose_pallas(platform, model, capability)
+        arch = _pallas_arch(platform, model, capability)
     except ConfigError:
         if backend == "auto":
             return XLA
         raise
+    if arch is None:
+        return pallas_operations(None, interpret=True)
+    if device_kind is None:
+        return pallas_operations(arch)
+    from jchameleon.pallas import gpu_tunables
+
+    return pallas_operations(arch, tuned=gpu_tunables.load_tuned(device_kind))
 
 
-def _choose_pallas(
+def _pallas_arch(
     platform: str, model: ModelConfig, capability: str | None
-) -> Operations:
+) -> str | None:
+    """Return what kernels are compiled for, None where they are interpreted."""
     from jchameleon.pallas import gpu_device, gpu_operations
 
     gpu_operations.check_model(model)
     if platform == "cpu":
-        return pallas_operations(None, interpret=True)
+        return None
     if platform not in ("gpu", "cuda") or capability is None:
         raise ConfigError(
             f"backend='pallas' needs an NVIDIA GPU or a CPU, got {platform!r}; use "
             "backend='xla'"
         )
-    return pallas_operations(gpu_device.arch_of(capability))
+    return gpu_device.arch_of(capability)
 
 
 def compile_operations(ops: Operations) -> None:

@@ -19,6 +19,7 @@ from pathlib import Path
 from jchameleon.errors import (
     AdapterBusyError,
     AdapterConflictError,
+    AdapterDrainingError,
     AdapterError,
     CapacityError,
     EngineDeadError,
@@ -166,6 +167,7 @@ class AdapterRegistry:
 
         Raises:
           UnknownAdapterError: no adapter has this name; never the base model instead.
+          AdapterDrainingError: it has been unregistered, and is still in use.
         """
         with self._lock:
             binding = self._live.get(name)
@@ -173,7 +175,7 @@ class AdapterRegistry:
                 return binding
             left = sum(len(b.requests) for b in self._draining.get(name, ()))
             if name in self._draining:
-                raise UnknownAdapterError(
+                raise AdapterDrainingError(
                     f"adapter {name!r} was unregistered and takes no new requests; "
                     f"{left} of its requests are still open"
                 )

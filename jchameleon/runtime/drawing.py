@@ -94,6 +94,11 @@ class Drawing:
         self._sharding = jax.sharding.SingleDeviceSharding(device)
         self._programs: dict[tuple[str, int], Any] = {}
 
+    @property
+    def programs(self) -> list[Any]:
+        """All that are compiled."""
+        return list(self._programs.values())
+
     def compile(self, num_rows: int) -> None:
         """Compile what steps with logits for `num_rows` may need."""
         width = edits_width(num_rows)

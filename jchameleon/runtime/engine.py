@@ -9,34 +9,25 @@ all live requests; other threads reach it through the inbox only.
 """
 
 import collections
-import contextlib
-import dataclasses
 import logging
 import math
 import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
-
-import numpy as np
+from typing import Any, cast
 
 from jchameleon.config import EngineConfig
-from jchameleon.errors import (
-    CapacityError,
-    EngineDeadError,
-    InvalidRequestError,
-    QueueFullError,
-)
-from jchameleon.lora.adapter import HostAdapter
+from jchameleon.errors import CapacityError
 from jchameleon.models.tokenizer import Tokenizer
 from jchameleon.runtime.deadlines import Deadlines
-from jchameleon.runtime.drawing import DrawnToken
+from jchameleon.runtime.door import Door
 from jchameleon.runtime.engine_adapters import AdapterListener, EngineAdapters
 from jchameleon.runtime.engine_log import EngineLog
 from jchameleon.runtime.executor import Executor
+from jchameleon.runtime.faults import Fault
+from jchameleon.runtime.heartbeat import Heartbeat, Pulse
 from jchameleon.runtime.leases import AdapterLease
-from jchameleon.runtime.live import LiveRequest
 from jchameleon.runtime.loads import AdapterLoads
 from jchameleon.runtime.orders import carry_out
 from jchameleon.runtime.outbox import FinishReason, Outbox
@@ -46,15 +37,15 @@ from jchameleon.runtime.policy.events import (
     Arrival,
     Cancel,
     Event,
-    StepDone,
 )
 from jchameleon.runtime.policy.log import PlanLogWriter
 from jchameleon.runtime.policy.plan import Books, Plan
 from jchameleon.runtime.policy.planner import Planner
 from jchameleon.runtime.question import Question
 from jchameleon.runtime.records import StepRecord
-from jchameleon.runtime.sampler import INVALID_TOKEN
-from jchameleon.runtime.step import run_step
+from jchameleon.runtime.recovery import Recovery
+from jchameleon.runtime.replies import Replies
+from jchameleon.runtime.staging import Staging
 from jchameleon.runtime.submission import RequestRules, Submission, check_request_id
 from jchameleon.runtime.transfer import AdapterLoader, emulated_link
 from jchameleon.sampling import SamplingParams
@@ -82,61 +73,68 @@ class Engine:
         config: EngineConfig,
         *,
         log: PlanLogWriter | None,
-        fetch: Callable[[str], HostAdapter],
+        staging: Staging,
         listener: AdapterListener | None,
         tokenizer: Tokenizer | None,
         eos_token_ids: frozenset[int],
     ):
         """Start the engine thread over a warmed-up executor.
 
-        `log` takes every event and plan, and is closed with the engine. `fetch` returns
-        a registered adapter's weights, from disk if need be; the threads that load
-        call it. `listener` hears when nothing is left of an adapter.
+        `log` takes every event and plan, and is closed with the engine. `staging`
+        brings the weights of registered adapters to the device. `listener` hears when
+        nothing is left of an adapter.
         """
         self.max_model_len = executor.max_model_len
         self._executor = executor
         self._planner = planner
         self._log = EngineLog(log)
         self._config = config
-        self._tokenizer = tokenizer
-        self._eos_token_ids = eos_token_ids
         self._rules = RequestRules(
             vocab_size=executor.model.vocab_size,
             max_model_len=executor.max_model_len,
             has_tokenizer=tokenizer is not None,
             block_tokens=config.kv_block_tokens if config.prefix_cache else None,
         )
-        self._random = np.random.default_rng(config.seed)
-        self._inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._door = Door(
+            max_waiting=config.max_waiting, max_running=config.max_running
+        )
+        self._events: list[Event] = []  # for the next plan, as they happen
         loader = AdapterLoader(
             executor.layout,
             executor.dtype,
-            executor.device,
-            fetch=fetch,
-            notify=lambda: self._inbox.put(None),
+            staging,
+            notify=lambda: self._door.inbox.put(None),
             max_in_flight=config.max_loads_in_flight,
             link=emulated_link(config),
         )
-        self._loads = AdapterLoads(loader, executor)
+        self._loads = AdapterLoads(
+            loader, executor, on_lost_pool=lambda: self._recovery.start_over()
+        )
         self.adapters = EngineAdapters(
             executor.layout,
             planner,
-            send=self._inbox.put,
+            send=self._door.inbox.put,
             ask=self.on_engine_thread,
             check_alive=self.check_alive,
             listener=listener,
         )
-        self._live: dict[str, LiveRequest] = {}
-        self._undelivered: dict[str, tuple[LiveRequest, DrawnToken]] = {}
+        self._replies = Replies(
+            tokenizer=tokenizer,
+            eos_token_ids=eos_token_ids,
+            seed=config.seed,
+            report=self._events.append,
+            forget=self._loads.forget,
+            note_answered=self._door.note_answered,
+        )
+        self._live = self._replies.live
         self._deadlines = Deadlines(self._live)
+        self._recovery = Recovery(executor, self._replies, report=self._events.append)
+        self._pulse = Pulse()
         self._records: collections.deque[StepRecord] = collections.deque(
             maxlen=RECORDED_STEPS
         )
         self._questions: collections.deque[Question] = collections.deque()
-        self._ids_lock = threading.Lock()
-        self._open_ids: set[str] = set()
         self._closing = False
-        self._death: str | None = None
         self._thread = threading.Thread(
             target=self._run, name="jchameleon-engine", daemon=True
         )
@@ -196,26 +194,11 @@ class Engine:
         """Queue what `prepare` returned; its deltas come through its outbox.
 
         Raises:
-          InvalidRequestError: a request of this id is in flight.
+          DuplicateRequestError: a request of this id is in flight.
           QueueFullError: `max_waiting` requests are open beyond those that run.
           EngineDeadError: the engine has stopped.
         """
-        request_id = submission.request_id
-        with self._ids_lock:
-            self.check_alive()
-            if request_id in self._open_ids:
-                raise InvalidRequestError(f"request_id={request_id!r} is in flight")
-            limit = self._config.max_waiting + self._config.max_running
-            if len(self._open_ids) >= limit:
-                raise QueueFullError(
-                    f"{limit} requests are open already; max_waiting="
-                    f"{self._config.max_waiting} allows no more"
-                )
-            self._open_ids.add(request_id)
-            if submission.lease is not None:
-                submission.lease.submit()
-            # Inside the lock: after it a dying engine answers all open requests.
-            self._inbox.put(dataclasses.replace(submission, arrival_s=time.monotonic()))
+        self._door.submit(submission)
 
     def cancel(self, request_id: str) -> None:
         """End a request early with what it has; unknown ids are ignored.
@@ -224,7 +207,7 @@ class Engine:
           InvalidRequestError: the id is no string.
         """
         check_request_id(request_id)
-        self._inbox.put(Cancel(request_id))
+        self._door.inbox.put(Cancel(request_id))
 
     def books(self) -> Books:
         """Return the planner's totals."""
@@ -238,16 +221,19 @@ class Engine:
         """Run `action` between two iterations and return its result."""
         if threading.current_thread() is self._thread:
             return action()
-        question = Question(action)
-        with self._ids_lock:
-            self.check_alive()
-            self._inbox.put(question)
-        return question.wait()
+        return self._door.ask(action)
 
     def check_alive(self) -> None:
         """Raise EngineDeadError when the engine has ended."""
-        if self._death is not None:
-            raise EngineDeadError(self._death)
+        self._door.check_alive()
+
+    def heartbeat(self) -> Heartbeat:
+        """Return signs of life, without waiting for the engine or any lock."""
+        return Heartbeat(
+            alive=self._thread.is_alive() and not self._door.is_shut,
+            open_requests=self._door.num_open,
+            stalled_s=self._pulse.stalled_s(),
+        )
 
     @property
     def step_records(self) -> list[StepRecord]:
@@ -257,7 +243,7 @@ class Engine:
     def close(self) -> None:
         """Stop the thread; open requests end as "aborted"."""
         self._closing = True
-        self._inbox.put(None)
+        self._door.inbox.put(None)
         self._thread.join()
 
     # Engine thread.
@@ -265,37 +251,43 @@ class Engine:
     def _run(self) -> None:
         reason = "the engine was closed"
         finish: FinishReason = "aborted"
+        fault: Fault = "closed"
         try:
-            events: list[Event] = []
             while not self._closing:
-                events = self._iterate(events)
+                self._iterate()
         except BaseException as error:  # nobody may wait for ever, whatever it was
             logger.exception("engine thread failed")
-            reason, finish = f"engine failed: {type(error).__name__}: {error}", "error"
-        self._end_all(reason, finish)
+            reason = f"engine failed: {type(error).__name__}: {error}"
+            finish, fault = "error", "engine"
+        self._end_all(reason, finish, fault)
+        self._pulse.rest()
 
-    def _iterate(self, events: list[Event]) -> list[Event]:
-        """Run one iteration and return the events it caused."""
-        # What ended in the last step first: a new request may bear its id again.
-        events = [*events, *self._receive(block=not events), *self._loads.finish()]
+    def _iterate(self) -> None:
+        """Run one iteration; what it causes is for the next one's plan."""
+        # What ended in the last step comes first: a new request may bear its id again.
+        self._receive(block=not self._events)
+        self._pulse.beat()
+        self._events += self._loads.finish()
         start_s = time.monotonic()
         for request_id in self._deadlines.passed(start_s):
-            events.append(Cancel(request_id))
-            self._finish(request_id, "time_limit")
+            self._events.append(Cancel(request_id))
+            self._replies.finish(request_id, "time_limit")
+        events = tuple(self._events)
+        self._events.clear()
         plan = self._planner.plan(start_s, events)
         self._log.append(start_s, events, plan)
         self._apply(plan, start_s)
         while self._questions:  # after the plan: the books are settled now
             self._questions.popleft().answer()
-        caused: list[Event] = [*self.adapters.take_pins()]
+        self._events += self.adapters.take_pins()
         if plan.prefill or plan.decode:
-            caused.append(self._step(plan, start_s))
+            self._step(plan, start_s)
         else:
-            self._deliver()
-        return caused
+            self._replies.deliver()
 
-    def _receive(self, *, block: bool) -> list[Event]:
-        events: list[Event] = []
+    def _receive(self, *, block: bool) -> None:
+        """Take in messages, and wait for something to do if that is asked for."""
+        events = self._events
         idle_wait = IDLE_TICK_S if self._planner.watches_the_clock else None
         tick_s = math.inf if idle_wait is None else time.monotonic() + idle_wait
         tick_s = min(tick_s, self._deadlines.next_s)
@@ -306,13 +298,15 @@ class Engine:
                 if wait and tick_s < math.inf:
                     left_s = max(0.0, tick_s - time.monotonic())
                     poll_s = left_s if poll_s is None else min(left_s, poll_s)
-                message = self._inbox.get(wait, poll_s if wait else None)
+                if wait:
+                    self._pulse.rest()
+                message = self._door.inbox.get(wait, poll_s if wait else None)
             except queue.Empty:
                 if not wait:
-                    return events
+                    return
                 events += self._loads.finish()
                 if events or time.monotonic() >= tick_s:
-                    return events
+                    return
                 continue
             if message is None:  # a load may have arrived, or the engine closes
                 events += self._loads.finish()
@@ -320,140 +314,81 @@ class Engine:
             block = False
             match message:
                 case Submission():
-                    events += self._accept(message)
+                    self._accept(message)
                 case Cancel(request_id):
                     if request_id in self._live:
                         events.append(message)
                         why = self._live[request_id].submission.revoked
-                        self._finish(request_id, "aborted", why)
+                        self._replies.finish(
+                            request_id,
+                            "aborted",
+                            why,
+                            fault="cancelled" if why is None else "unregistered",
+                        )
                 case AdapterRegistered(uid) | AdapterUnregistered(uid):
                     if not self.adapters.receive(message):
-                        events += self._abort_users(uid)
+                        self._abort_users(uid)
                     events.append(message)
                 case Question():
                     self._questions.append(message)
                 case _:
                     raise AssertionError(f"{message!r} in the inbox")
 
-    def _abort_users(self, uid: str) -> list[Event]:
+    def _abort_users(self, uid: str) -> None:
         """End what still names an adapter that nobody waited for to fall idle."""
         users = [i for i, r in self._live.items() if r.submission.adapter_uid == uid]
         for request_id in users:
-            self._finish(request_id, "aborted", UNREGISTERED)
-        return [Cancel(request_id) for request_id in users]
+            self._events.append(Cancel(request_id))
+            self._replies.finish(
+                request_id, "aborted", UNREGISTERED, fault="unregistered"
+            )
 
-    def _accept(self, submission: Submission) -> list[Event]:
-        live = LiveRequest(
-            submission,
-            seed=submission.seed(self._random),
-            tokenizer=self._tokenizer,
-            eos_token_ids=self._eos_token_ids,
-        )
-        self._live[submission.request_id] = live
+    def _accept(self, submission: Submission) -> None:
+        live = self._replies.accept(submission)
+        if live is None:
+            return
         self._deadlines.add(live)
         uid, why = submission.adapter_uid, submission.revoked
         if why is None and uid is not None and not self.adapters.has_received(uid):
             why = UNREGISTERED
-        if why is not None:
-            self._finish(submission.request_id, "aborted", why)
-            return []
-        return [Arrival(submission.request())]
+        if why is None:
+            self._events.append(Arrival(submission.request()))
+        else:
+            self._replies.finish(
+                submission.request_id, "aborted", why, fault="unregistered"
+            )
 
     def _apply(self, plan: Plan, now_s: float) -> None:
-        for request_id, why in plan.failed:
-            self._finish(request_id, "error", why)
+        for request_id, why, fault in plan.failed:
+            self._replies.finish(request_id, "error", why, fault=cast(Fault, fault))
         self.adapters.note_forgotten(plan.forgotten)
         carry_out(
             plan, now_s, live=self._live, loads=self._loads, executor=self._executor
         )
 
-    def _step(self, plan: Plan, iteration_s: float) -> StepDone:
+    def _step(self, plan: Plan, iteration_s: float) -> None:
         start_s = time.monotonic()
-        output = run_step(self._executor, self._live, plan, meanwhile=self._deliver)
+        output = self._recovery.run(plan)
         now_s = time.monotonic()
-        for request_id, packed in output.scored:
-            self._live[request_id].add_scores(packed)
-        keys = [(i, self._live[i].filled_key()) for i, _ in output.drawn]
-        finished = [i for i, drawn in output.drawn if self._add_token(i, drawn, now_s)]
+        self._events.append(self._replies.take(output, now_s, now_s - start_s))
         host_s = time.monotonic() - iteration_s - output.device_s
         resident = self._executor.num_resident
         self._records.append(
             StepRecord.of(plan, start_s, now_s, resident=resident, host_s=host_s)
         )
-        return StepDone(
-            duration_s=now_s - start_s,
-            produced=tuple((i, 1) for i, _ in output.drawn),
-            finished=tuple(finished),
-            block_keys=tuple((i, key) for i, key in keys if key is not None),
-            spoiled=tuple(i for i, d in output.drawn if d.token == INVALID_TOKEN),
-        )
 
-    def _add_token(self, request_id: str, drawn: DrawnToken, now_s: float) -> bool:
-        """Take one drawn token; return whether the request ended."""
-        if drawn.token == INVALID_TOKEN:
-            self._finish(request_id, "error", "logits are not finite")
-            return True
-        live = self._live[request_id]
-        reason = live.add(drawn.token, now_s)
-        if reason is not None:
-            self._finish(request_id, reason, drawn=drawn)
-            return True
-        self._undelivered[request_id] = live, drawn
-        return False
-
-    def _deliver(self) -> None:
-        """Turn the last step's tokens into text and send them, while the next one runs.
-
-        Detokenising and waking readers takes longer than planning does.
-        """
-        # Emptied first: an engine that dies of this must not meet it again.
-        undelivered, self._undelivered = self._undelivered, {}
-        for request_id, (live, drawn) in undelivered.items():
-            live.submission.outbox.put(request_id, live.delta(drawn))
-
-    def _finish(
-        self,
-        request_id: str,
-        reason: FinishReason,
-        error: str | None = None,
-        *,
-        drawn: DrawnToken | None = None,
-    ) -> None:
-        """Send the last delta; pages return with the event that the caller reports."""
-        if request_id in self._undelivered:
-            self._deliver()
-        live, now_s = self._live[request_id], time.monotonic()
-        # A request stays open until there is an answer.
-        if self._death is None:
-            delta = live.last_delta(reason, now_s, error=error, drawn=drawn)
-        else:
-            delta = live.delta_at_death(reason, now_s, error)
-        del self._live[request_id]
-        self._loads.forget(live)
-        with self._ids_lock:
-            self._open_ids.discard(request_id)
-        live.submission.release()
-        live.submission.outbox.put(request_id, delta)
-
-    def _end_all(self, reason: str, finish: FinishReason) -> None:
+    def _end_all(self, reason: str, finish: FinishReason, fault: Fault) -> None:
         """Answer everything still open; nothing is accepted from here on."""
-        with self._ids_lock:
-            self._death = reason
-        while True:
-            try:
-                message = self._inbox.get_nowait()
-            except queue.Empty:
-                break
+        for message in self._door.shut(reason):
             if isinstance(message, Submission):
                 self._accept(message)
             elif isinstance(message, Question):
                 self._questions.append(message)
             elif isinstance(message, AdapterRegistered | AdapterUnregistered):
                 self.adapters.receive(message)
-        with contextlib.suppress(Exception):  # the reason says what it died of
-            self._deliver()
+        self._replies.deliver()
         for request_id in list(self._live):
-            self._finish(request_id, finish, reason)
+            self._replies.finish(request_id, finish, reason, fault=fault)
         for question in self._questions:
             question.refuse(reason)
         self._loads.close()

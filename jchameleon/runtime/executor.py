@@ -29,13 +29,13 @@ from jchameleon.runtime.batch import (
     sampler_rows,
 )
 from jchameleon.runtime.drawing import Drawing, Draws
+from jchameleon.runtime.pieces import Piece, piece_pages
 from jchameleon.runtime.programs import (
     ModelParams,
     compile_commit,
     compile_step,
 )
 from jchameleon.runtime.scoring import Scores, Scoring
-from jchameleon.runtime.transfer import Piece, piece_pages
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ class Executor:
         max_model_len: int,
         ops: Operations = XLA,
     ):
-        """Place the pool on the device of the parameters; nothing compiles yet."""
+        """Nothing compiles yet, and the pool is not placed."""
         self.model = model
         self.config = config
         self.layout = layout
@@ -97,18 +97,14 @@ class Executor:
         self._drawing = Drawing(model.vocab_size, self._device)
         self._scoring = Scoring(params, model.hidden_size)
         self._commit: Any = None
-        shape = (num_pages, layout.page_elems)
-        try:
-            self._pools = [
-                jnp.zeros(shape, self._dtype, device=self._device)
-                for _ in range(model.num_layers)
-            ]
-        except jax.errors.JaxRuntimeError as error:
-            reason = str(error).splitlines()[0]
-            raise ConfigError(
-                f"{num_pages} pages do not fit on {self._device}, lower pool_bytes: "
-                f"{reason}"
-            ) from error
+        # Until `place_pool`, what describes the arrays.
+        self._pools: list[Any] = [
+            jax.ShapeDtypeStruct(
+                (num_pages, layout.page_elems),
+                self._dtype,
+                sharding=jax.sharding.SingleDeviceSharding(self._device),
+            )
+        ] * model.num_layers
 
     @property
     def params(self) -> ModelParams:
@@ -118,12 +114,51 @@ class Executor:
     @property
     def pool_bytes(self) -> int:
         """Device bytes of the pool."""
-        return sum(pool.nbytes for pool in self._pools)
+        return sum(pool.size * pool.dtype.itemsize for pool in self._pools)
+
+    @property
+    def temp_bytes(self) -> int:
+        """Temporaries of the largest program that is compiled.
+
+        Raises:
+          ConfigError: the device does not say.
+        """
+        programs = [
+            *self._steps.values(),
+            *self._drawing.programs,
+            *self._scoring.programs,
+            self._commit,
+        ]
+        analyses = [program.memory_analysis() for program in programs]
+        if None in analyses:
+            raise ConfigError(
+                f"{self._device} does not say what programs need: name pool_bytes"
+            )
+        return max(one.temp_size_in_bytes for one in analyses)
+
+    @property
+    def output_bytes(self) -> int:
+        """Most bytes of what the steps of an iteration return and the sampler edits.
+
+        Logits f32[V, R], twice where a row edits them, and the stream f[D, T], of a
+        prefill and a decode step: both are dispatched before either is waited for.
+        """
+        out_bytes = 0
+        for tile, tokens in self._largest:
+            logits_bytes = 4 * self.model.vocab_size * sampler_rows(tokens // tile)
+            stream_bytes = self._dtype.itemsize * self.model.hidden_size * tokens
+            out_bytes += 2 * logits_bytes + stream_bytes
+        return out_bytes
 
     @property
     def device(self) -> jax.Device:
         """Where parameters and pool live."""
         return self._device
+
+    @property
+    def backend(self) -> str:
+        """Name of the device operations."""
+        return self._ops.name
 
     @property
     def dtype(self) -> np.dtype:
@@ -135,30 +170,15 @@ class Executor:
         """Adapters that rows may use now."""
         return self._builder.num_adapters
 
-    def warm_up(self) -> None:
-        """Compile every program that a step may need.
+    def compile_largest(self) -> None:
+        """Compile the largest program of each kind, as `warm_up` would."""
+        self._compile(self._largest)
 
-        Programs compile on two threads: XLA releases the interpreter and a compile
-        is mostly one core.
-        """
+    def warm_up(self) -> None:
+        """Compile every program that a step may need."""
         jobs = [(1, rows) for rows in self._decode_rows]
         jobs += [(PREFILL_TILE_TOKENS, tokens) for tokens in self._prefill_tokens]
-        rows = {sampler_rows(num_tokens // tile) for tile, num_tokens in jobs}
-        with concurrent.futures.ThreadPoolExecutor(2) as threads:
-            # The largest first: they take longest.
-            running = [
-                threads.submit(self._compile_step, job)
-                for job in sorted(jobs, reverse=True)
-            ]
-            running += [threads.submit(self._drawing.compile, n) for n in sorted(rows)]
-            running += [
-                threads.submit(self._scoring.compile_gather, tokens)
-                for tokens in self._prefill_tokens
-            ]
-            running.append(threads.submit(self._scoring.compile_score))
-            running.append(threads.submit(self._compile_commit))
-            for one in running:
-                one.result()
+        self._compile(jobs)
         self.compile_seconds |= self._drawing.compile_seconds
         self.compile_seconds |= self._scoring.compile_seconds
         logger.info(
@@ -166,6 +186,23 @@ class Executor:
             len(self.compile_seconds),
             ", ".join(f"{k} {v:.1f}s" for k, v in self.compile_seconds.items()),
         )
+
+    def place_pool(self) -> None:
+        """Create the pool on the device of the parameters.
+
+        After the compiles: XLA tries out kernels on a GPU, in memory of its own.
+
+        Raises:
+          ConfigError: it does not fit.
+        """
+        try:
+            self._pools = self._empty_pools()
+        except jax.errors.JaxRuntimeError as error:
+            reason = str(error).splitlines()[0]
+            raise ConfigError(
+                f"{self.num_pages} pages do not fit on {self._device}, lower "
+                f"pool_bytes: {reason}"
+            ) from error
 
     def commit(self, uid: str, pages: tuple[int, ...], pieces: Sequence[Piece]) -> None:
         """Write a loaded adapter into its pages; from now on rows may use it."""
@@ -203,10 +240,36 @@ class Executor:
         logits, _ = self._run(rows, prefill=prefill)
         return np.asarray(logits).T[last_tiles(rows, prefill=prefill)]
 
+    def rebuild_pool(self) -> None:
+        """Put zeros in the place of a pool that a failed program may have taken.
+
+        Adapters stay in the books until they are evicted; the pages are empty.
+
+        Raises:
+          JaxRuntimeError: the device cannot hold it any more.
+        """
+        for pool in self._pools:  # a traceback may still refer to it
+            pool.delete()
+        self._pools = self._empty_pools()
+        jax.block_until_ready(self._pools)
+
+    def test_device(self) -> None:
+        """Run every step program without rows; raises what they raise."""
+        for (tile, num_tokens), step in self._steps.items():
+            batch = self._builder.build([], num_tokens, prefill=tile > 1)
+            logits, self._pools, _ = step(self._params.leaves, self._pools, batch)
+            logits.block_until_ready()
+
     def poison(self, pages: Sequence[int]) -> None:
         """Fill pages with NaN (tests: nothing may depend on what unused pages hold)."""
         index = np.asarray(pages, np.int32)
         self._pools = [pool.at[index].set(jnp.nan) for pool in self._pools]
+
+    def _empty_pools(self) -> list[jax.Array]:
+        return [
+            jnp.zeros(pool.shape, pool.dtype, device=self._device)
+            for pool in self._pools
+        ]
 
     def _run(
         self, rows: Sequence[StepRow], *, prefill: bool
@@ -230,6 +293,37 @@ class Executor:
         return self._drawing.draw(
             logits, [row.sampling for row in rows], last_tiles(rows, prefill=prefill)
         )
+
+    @property
+    def _largest(self) -> list[tuple[int, int]]:
+        """The largest prefill and decode steps: (tokens of a tile, tokens)."""
+        return [
+            (PREFILL_TILE_TOKENS, self._prefill_tokens[-1]),
+            (1, self._decode_rows[-1]),
+        ]
+
+    def _compile(self, jobs: Sequence[tuple[int, int]]) -> None:
+        """Compile steps (tokens of a tile, tokens), and what goes with them.
+
+        On two threads: XLA releases the interpreter and a compile is mostly one core.
+        """
+        rows = {sampler_rows(num_tokens // tile) for tile, num_tokens in jobs}
+        with concurrent.futures.ThreadPoolExecutor(2) as threads:
+            # The largest first: they take longest.
+            running = [
+                threads.submit(self._compile_step, job)
+                for job in sorted(jobs, reverse=True)
+            ]
+            running += [threads.submit(self._drawing.compile, n) for n in sorted(rows)]
+            running += [
+                threads.submit(self._scoring.compile_gather, tokens)
+                for tile, tokens in jobs
+                if tile > 1
+            ]
+            running.append(threads.submit(self._scoring.compile_score))
+            running.append(threads.submit(self._compile_commit))
+            for one in running:
+                one.result()
 
     def _compile_step(self, shape: tuple[int, int]) -> None:
         tile, num_tokens = shape

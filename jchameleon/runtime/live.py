@@ -1,7 +1,5 @@
 """A request while it waits or runs: its tokens, pages, text and time marks."""
 
-import logging
-
 import numpy as np
 
 from jchameleon.models.tokenizer import Tokenizer
@@ -9,6 +7,7 @@ from jchameleon.runtime.batch import StepRow
 from jchameleon.runtime.block_keys import next_key
 from jchameleon.runtime.drawing import DrawnToken, RowSampling
 from jchameleon.runtime.edits import RowEdits
+from jchameleon.runtime.faults import Fault
 from jchameleon.runtime.logprobs import unpack_logprobs
 from jchameleon.runtime.outbox import (
     Delta,
@@ -19,8 +18,6 @@ from jchameleon.runtime.outbox import (
 from jchameleon.runtime.output import OutputText
 from jchameleon.runtime.scoring import Targets
 from jchameleon.runtime.submission import Submission
-
-logger = logging.getLogger(__name__)
 
 
 class LiveRequest:
@@ -242,11 +239,10 @@ class LiveRequest:
         now_s: float,
         *,
         error: str | None = None,
+        fault: Fault | None = None,
         drawn: DrawnToken | None = None,
     ) -> Delta:
         """Return the end of the output, with a last token and the request's timing."""
-        self.adapter_arrived(now_s)
-        self._leave_queue(now_s)
         logprobs = drawn.logprobs if drawn is not None else None
         return Delta(
             token_ids=() if drawn is None else (drawn.token,),
@@ -255,21 +251,14 @@ class LiveRequest:
             prompt_logprobs=self._take_prompt_logprobs(),
             finish_reason=reason,
             error=error,
-            timing=self._timing(now_s),
+            fault=fault,
+            timing=self.timing(now_s),
         )
 
-    def delta_at_death(
-        self, reason: FinishReason, now_s: float, error: str | None
-    ) -> Delta:
-        """Return `last_delta`, or without text if the engine died of that very text."""
-        try:
-            return self.last_delta(reason, now_s, error=error)
-        except Exception:
-            logger.exception("the text of %s is lost", self.submission.request_id)
-        timing = self._timing(now_s)
-        return Delta(finish_reason=reason, error=error, timing=timing)
-
-    def _timing(self, now_s: float) -> RequestTiming:
+    def timing(self, now_s: float) -> RequestTiming:
+        """Return where its time went if it ends now."""
+        self.adapter_arrived(now_s)
+        self._leave_queue(now_s)
         first_s, arrival_s = self._first_token_s, self.submission.arrival_s
         return RequestTiming(
             queue_s=self._queue_s,

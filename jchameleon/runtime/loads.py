@@ -1,6 +1,8 @@
 """Adapter loads under way: where they go and which requests wait for them."""
 
+import logging
 import time
+from collections.abc import Callable
 
 from jchameleon.runtime.executor import Executor
 from jchameleon.runtime.live import LiveRequest
@@ -8,13 +10,23 @@ from jchameleon.runtime.policy.events import LoadDone
 from jchameleon.runtime.policy.plan import Load
 from jchameleon.runtime.transfer import AdapterLoader
 
+logger = logging.getLogger(__name__)
+
 
 class AdapterLoads:
     """Starts the loads of plans and commits what has arrived. Engine thread only."""
 
-    def __init__(self, loader: AdapterLoader, executor: Executor) -> None:
+    def __init__(
+        self,
+        loader: AdapterLoader,
+        executor: Executor,
+        *,
+        on_lost_pool: Callable[[], None],
+    ) -> None:
+        """`on_lost_pool` hears when a commit failed: the pool may be gone with it."""
         self._loader = loader
         self._executor = executor
+        self._on_lost_pool = on_lost_pool
         self._pages: dict[str, tuple[int, ...]] = {}
         self._waiters: dict[str, list[LiveRequest]] = {}
 
@@ -53,12 +65,19 @@ class AdapterLoads:
         done = []
         for load in self._loader.poll():
             pages = self._pages.pop(load.uid)
-            error = None
-            if load.error is None:
-                self._executor.commit(load.uid, pages, load.pieces)
+            error = load.error
+            if error is None:
+                try:
+                    self._executor.commit(load.uid, pages, load.pieces)
+                except Exception as failure:
+                    logger.exception("adapter %s failed to load", load.uid[:12])
+                    error = f"{type(failure).__name__}: {failure}"
+                    self._on_lost_pool()
+            if error is None:
+                done.append(LoadDone(load.uid))
             else:
-                error = f"adapter could not be loaded: {load.error}"
-            done.append(LoadDone(load.uid, error))
+                why = f"adapter could not be loaded: {error}"
+                done.append(LoadDone(load.uid, why, load.fault))
             now_s = time.monotonic()
             for live in self._waiters.pop(load.uid, ()):
                 live.adapter_arrived(now_s)

@@ -21,8 +21,9 @@ def carry_out(
     All but its steps and the requests that fail, which are no longer among `live`.
     """
     for request_id, _ in plan.squashed:
-        loads.forget(live[request_id])
-        live[request_id].squash(now_s)
+        if request_id in live:  # not rejected right after
+            loads.forget(live[request_id])
+            live[request_id].squash(now_s)
     for evicted_uid in plan.evicted:
         executor.evict(evicted_uid)
     hits = set(plan.hits)

@@ -5,6 +5,8 @@ import dataclasses
 import threading
 from typing import Literal, NamedTuple
 
+from jchameleon.runtime.faults import Fault
+
 FinishReason = Literal["stop", "length", "time_limit", "aborted", "error"]
 
 TokenLogprobs = dict[int, float]
@@ -58,7 +60,8 @@ class Delta(NamedTuple):
       prompt_logprobs: of all prompt tokens, None for the first; once, in a delta with
         the first token or with none.
       finish_reason: set in the last delta only.
-      error: why, where finish_reason is "error".
+      error: why, where finish_reason is "error", or "aborted" by the engine.
+      fault: what kind of reason, where finish_reason is "error" or "aborted".
       timing: set in the last delta only.
     """
 
@@ -68,6 +71,7 @@ class Delta(NamedTuple):
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
     finish_reason: FinishReason | None = None
     error: str | None = None
+    fault: Fault | None = None
     timing: RequestTiming | None = None
 
     def then(self, later: "Delta") -> "Delta":
@@ -82,6 +86,7 @@ class Delta(NamedTuple):
             prompt_logprobs=self.prompt_logprobs or later.prompt_logprobs,
             finish_reason=later.finish_reason,
             error=later.error,
+            fault=later.fault,
             timing=later.timing,
         )
 

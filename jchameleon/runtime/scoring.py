@@ -70,6 +70,11 @@ class Scoring:
         self._gather: dict[int, Any] = {}
         self._score: Any = None
 
+    @property
+    def programs(self) -> list[Any]:
+        """All that are compiled; `compile_score` is through."""
+        return [*self._gather.values(), self._score]
+
     def compile_gather(self, num_tokens: int) -> None:
         """Compile what reads from the stream of a step of `num_tokens`."""
         start_s = time.monotonic()

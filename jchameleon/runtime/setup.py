@@ -1,9 +1,8 @@
 """Put an engine together: what is configured, what the model allows, what fits."""
 
 import concurrent.futures
-import os
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -17,13 +16,14 @@ from jchameleon.config import (
     default_max_model_len,
 )
 from jchameleon.errors import ConfigError
-from jchameleon.lora.adapter import AdapterCard, HostAdapter
+from jchameleon.lora.adapter import AdapterCard
 from jchameleon.lora.layout import ChunkLayout
 from jchameleon.models.embedded import home_dir
 from jchameleon.models.llama import Llama
 from jchameleon.models.loader import LoadedModel
 from jchameleon.models.params import numpy_dtype
 from jchameleon.pallas.operations import (
+    Operations,
     choose_operations,
     compile_operations,
     keep_compiled,
@@ -37,9 +37,16 @@ from jchameleon.runtime.policy.log import PlanLogWriter
 from jchameleon.runtime.policy.planner import Planner
 from jchameleon.runtime.policy.presets import build_policies, load_policy
 from jchameleon.runtime.programs import ModelParams
-
-DEFAULT_POOL_BYTES = 1 << 30
-"""Pool of an engine whose configuration names no size."""
+from jchameleon.runtime.sizing import (
+    PROVISIONAL_PAGES,
+    check_memory,
+    measure_num_pages,
+    memory_stats,
+    page_elems,
+    resolve_num_pages,
+)
+from jchameleon.runtime.staging import Staging
+from jchameleon.runtime.xla_env import prepare
 
 
 def build_executor(
@@ -57,33 +64,25 @@ def build_executor(
       ConfigError: the configuration contradicts the model or itself.
       AdapterError: an adapter touches projections outside the configured targets.
       CapacityError: an adapter can never fit in the pool.
-    All before any device work.
+    All before any device work, but for what depends on memory that the device reports.
     """
+    prepare()
     model = loaded.config
     max_model_len = resolve_max_model_len(config, model)
     layout = chunk_layout(model, config, adapters)
-    num_pages = resolve_num_pages(config, model, layout, max_model_len)
-    planner = build_planner(config, num_pages)
-    for adapter in adapters:
-        check_fits(adapter, layout, planner)
+    device = jax.devices()[0]
     use_compilation_cache()
     ops = choose_operations(
         config.backend,
         platform=jax.default_backend(),
         dtype=numpy_dtype(config.dtype),
         model=model,
-        capability=getattr(jax.devices()[0], "compute_capability", None),
+        capability=getattr(device, "compute_capability", None),
+        device_kind=device.device_kind,
     )
-    log = None
-    if config.plan_log is not None:
-        policy = load_policy(config.policy)
-        log = PlanLogWriter(config.plan_log, planner.config, policy)
-    try:
-        with concurrent.futures.ThreadPoolExecutor(1) as compiler:
-            compiled = compiler.submit(compile_operations, ops)
-            params = place_params(loaded)
-            compiled.result()
-        executor = Executor(
+
+    def new_executor(params: ModelParams, num_pages: int) -> Executor:
+        return Executor(
             params,
             model,
             config,
@@ -92,7 +91,26 @@ def build_executor(
             max_model_len=max_model_len,
             ops=ops,
         )
+
+    params = None
+    if config.pool_bytes is None and memory_stats(device) is not None:
+        # What is free is known when the parameters are there.
+        params = _place_params(loaded, ops)
+        num_pages = measure_num_pages(new_executor(params, PROVISIONAL_PAGES))
+    else:
+        num_pages = resolve_num_pages(config, model, layout, max_model_len)
+    planner = build_planner(config, num_pages)
+    for adapter in adapters:
+        check_fits(adapter, layout, planner)
+    log = None
+    if config.plan_log is not None:
+        policy = load_policy(config.policy)
+        log = PlanLogWriter(config.plan_log, planner.config, policy)
+    try:
+        executor = new_executor(params or _place_params(loaded, ops), num_pages)
         executor.warm_up()
+        check_memory(executor)
+        executor.place_pool()
     except BaseException:
         if log is not None:
             log.close()
@@ -106,10 +124,10 @@ def start_engine(
     executor: Executor,
     planner: Planner,
     log: PlanLogWriter | None,
-    fetch: Callable[[str], HostAdapter],
+    staging: Staging,
     listener: AdapterListener | None = None,
 ) -> Engine:
-    """Return a running engine, which calls `fetch` for the weights of a uid."""
+    """Return a running engine, whose adapters come to the device by `staging`."""
     eos = frozenset(loaded.config.eos_token_ids)
     if loaded.tokenizer is not None:
         eos |= frozenset(loaded.tokenizer.eos_token_ids)
@@ -118,7 +136,7 @@ def start_engine(
         planner,
         config,
         log=log,
-        fetch=fetch,
+        staging=staging,
         listener=listener,
         tokenizer=loaded.tokenizer,
         eos_token_ids=eos,
@@ -167,11 +185,6 @@ def resolve_max_model_len(config: EngineConfig, model: ModelConfig) -> int:
     return config.max_model_len
 
 
-def page_elems(config: EngineConfig, model: ModelConfig) -> int:
-    """Return elements of a page in one layer: keys and values of one block."""
-    return model.kv_elems * config.kv_block_tokens
-
-
 def chunk_layout(
     model: ModelConfig, config: EngineConfig, adapters: Iterable[AdapterCard]
 ) -> ChunkLayout:
@@ -181,41 +194,6 @@ def chunk_layout(
         touched = set(ATTENTION_PROJECTIONS).union(*(a.targets for a in adapters))
         targets = tuple(p for p in PROJECTIONS if p in touched)
     return ChunkLayout(model, targets, page_elems(config, model))
-
-
-def resolve_num_pages(
-    config: EngineConfig, model: ModelConfig, layout: ChunkLayout, max_model_len: int
-) -> int:
-    """Return the pages of the pool, the two reserved ones included.
-
-    Raises:
-      ConfigError: pool_bytes holds not even one block beside the reserved pages.
-    """
-    itemsize = jnp.dtype(config.dtype).itemsize
-    page_bytes = layout.page_elems * itemsize * model.num_layers
-    if config.pool_bytes is not None:
-        if config.pool_bytes > host_memory_bytes() and jax.default_backend() == "cpu":
-            raise ConfigError(
-                f"pool_bytes={config.pool_bytes} exceeds this machine's memory of "
-                f"{host_memory_bytes()} bytes"
-            )
-        pages = config.pool_bytes // page_bytes
-        if pages < 3:
-            raise ConfigError(
-                f"pool_bytes={config.pool_bytes} must hold at least 3 pages of "
-                f"{page_bytes} bytes"
-            )
-        return pages
-    # More than all rows at full length, and as much again in adapters, is never used.
-    blocks = -(-max_model_len // config.kv_block_tokens)
-    useful = 2 * config.max_running * blocks
-    least = 2 + blocks + layout.num_pages(config.max_lora_rank)
-    return max(least, min(useful, DEFAULT_POOL_BYTES // page_bytes))
-
-
-def host_memory_bytes() -> int:
-    """Return the physical memory of this machine."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def build_planner(config: EngineConfig, num_pages: int) -> Planner:
@@ -244,8 +222,12 @@ def build_planner(config: EngineConfig, num_pages: int) -> Planner:
     )
 
 
-def place_params(loaded: LoadedModel) -> ModelParams:
-    """Put a loaded parameter tree on the default device."""
-    return ModelParams.from_model(
-        Llama(loaded.config, jax.tree.map(jnp.asarray, loaded.params))
-    )
+def _place_params(loaded: LoadedModel, ops: Operations) -> ModelParams:
+    """Put a loaded parameter tree on the default device; compile `ops` meanwhile."""
+    with concurrent.futures.ThreadPoolExecutor(1) as compiler:
+        compiled = compiler.submit(compile_operations, ops)
+        params = ModelParams.from_model(
+            Llama(loaded.config, jax.tree.map(jnp.asarray, loaded.params))
+        )
+        compiled.result()
+    return params

@@ -27,6 +27,14 @@ class StepOutput:
     scored: list[tuple[str, np.ndarray]]
     device_s: float
 
+    def __add__(self, other: "StepOutput") -> "StepOutput":
+        """Return what two steps produced."""
+        return StepOutput(
+            drawn=self.drawn + other.drawn,
+            scored=self.scored + other.scored,
+            device_s=self.device_s + other.device_s,
+        )
+
 
 def run_step(
     executor: Executor,

@@ -1,32 +1,25 @@
 """Move adapters to the device while steps run.
 
-A load fetches an adapter from host memory or disk, packs it into pages and starts its
-copy, all on a thread of its own; the engine thread polls and commits what has arrived.
-On CPU `device_put` may alias numpy memory, so every block is a fresh array that nobody
-writes again.
+A load fetches what is to be copied, on a thread of its own unless that is at hand, and
+copies it; the engine thread polls and commits what has arrived. How that is done on a
+device is its staging's affair.
 """
 
 import concurrent.futures
 import dataclasses
 import logging
-import threading
 import time
 from collections.abc import Callable
 
-import jax
 import numpy as np
 
 from jchameleon.config import EngineConfig
-from jchameleon.lora.adapter import HostAdapter
 from jchameleon.lora.layout import ChunkLayout
+from jchameleon.runtime.faults import Fault, load_fault
+from jchameleon.runtime.pieces import Piece, piece_pages, split_targets
+from jchameleon.runtime.staging import Blocks, Staging
 
 logger = logging.getLogger(__name__)
-
-CHUNKS_PER_PIECE = 4
-"""Chunks that one commit program writes: 32 ranks bound the staging memory."""
-
-PACKERS = 2
-"""Adapters packed at once: packing takes cores and memory bandwidth from the steps."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,58 +47,38 @@ def emulated_link(config: EngineConfig) -> EmulatedLink | None:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Piece:
-    """Part of an adapter on its way into the pool.
-
-    Attributes:
-      pages: i32[N], target pages; padding repeats the first row with its page.
-      block: f[L, N, E] on the device.
-    """
-
-    pages: np.ndarray
-    block: jax.Array
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class FinishedLoad:
     """A load that arrived, or failed for a reason.
 
     Attributes:
       uid: the adapter.
       pieces: what to commit; empty after a failure.
-      error: why it failed, or None.
+      error: why it failed, or None; fault: what kind of reason.
     """
 
     uid: str
     pieces: tuple[Piece, ...]
     error: str | None
+    fault: Fault = "internal"
 
 
-def piece_pages(layout: ChunkLayout) -> int:
-    """Return the fixed number of pages of a `Piece`."""
-    return CHUNKS_PER_PIECE * layout.pages_per_chunk
-
-
-def split_pieces(
-    packed: np.ndarray,  # f[L, n, E]
-    pages: tuple[int, ...],  # n target pages
-    piece: int,
-) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Return (pages i32[piece], block f[L, piece, E]) pairs that cover `packed`."""
-    out = []
-    for start in range(0, len(pages), piece):
-        rows = np.arange(start, start + piece)
-        rows[rows >= len(pages)] = start
-        out.append((np.asarray(pages, np.int32)[rows], packed[:, rows]))
-    return out
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+@dataclasses.dataclass(kw_only=True, slots=True)
 class _Started:
-    """A load under way: its staged pieces, and when the link delivers them."""
+    """A load under way.
 
-    pieces: concurrent.futures.Future
+    Attributes:
+      pages: where it goes.
+      prepared: what is to be copied.
+      due_s: when the emulated link delivers it.
+      blocks: on their way to the device; None before that.
+      error: why the copy could not start.
+    """
+
+    pages: tuple[int, ...]
+    prepared: concurrent.futures.Future[Blocks]
     due_s: float
+    blocks: Blocks | None = None
+    error: BaseException | None = None
 
 
 class AdapterLoader:
@@ -115,9 +88,8 @@ class AdapterLoader:
         self,
         layout: ChunkLayout,
         dtype: np.dtype,
-        device: jax.Device,
+        staging: Staging,
         *,
-        fetch: Callable[[str], HostAdapter],
         notify: Callable[[], None],
         max_in_flight: int,
         link: EmulatedLink | None = None,
@@ -127,21 +99,17 @@ class AdapterLoader:
         Args:
           layout: how an adapter lies in pages.
           dtype: of the pool.
-          device: where the pool lives.
-          fetch: returns the adapter of a uid, or raises; called on a worker, where it
-            may read from disk.
+          staging: brings adapters to the device.
           notify: called from a worker when a load may be ready to poll.
           max_in_flight: loads under way at once, a thread for each, so that a slow disk
             holds up nothing but the loads that read from it.
           link: delays what has arrived; None hands it over at once.
         """
-        self._fetch = fetch
+        self._staging = staging
         self._link = link
         self._link_free_s = 0.0
-        self._packers = threading.BoundedSemaphore(PACKERS)
         self._layout = layout
         self._dtype = dtype
-        self._device = device
         self._notify = notify
         self._threads = concurrent.futures.ThreadPoolExecutor(
             max_in_flight, thread_name_prefix="jchameleon-load"
@@ -154,35 +122,51 @@ class AdapterLoader:
         return len(self._started)
 
     def start(self, uid: str, pages: tuple[int, ...]) -> None:
-        """Begin to load the adapter `uid` into `pages`, which the planner reserved."""
+        """Begin to load the adapter `uid` into `pages`, which the planner reserved.
+
+        What is at hand is on its way when this returns, so that the copy overlaps a
+        step that is dispatched next.
+        """
         assert uid not in self._started, "one load per adapter"
         due_s = self._occupy_link(len(pages))
-        future = self._threads.submit(self._stage, uid, pages)
-        future.add_done_callback(lambda _: self._notify())
-        self._started[uid] = _Started(pieces=future, due_s=due_s)
+        at_rest = self._staging.at_rest(uid)
+        prepared: concurrent.futures.Future[Blocks]
+        if at_rest is None:
+            prepared = self._threads.submit(self._staging.prepare, uid)
+            prepared.add_done_callback(lambda _: self._notify())
+        else:
+            prepared = concurrent.futures.Future()
+            prepared.set_result(at_rest)
+        started = _Started(pages=pages, prepared=prepared, due_s=due_s)
+        self._started[uid] = started
+        self._copy(started)
 
     def poll(self) -> list[FinishedLoad]:
-        """Return the loads that arrived or failed since the last call."""
+        """Return the loads that arrived or failed since the last call.
+
+        The copies of those that are prepared by now are under way afterwards.
+        """
         finished = []
         now_s = time.monotonic()
         for uid, started in list(self._started.items()):
-            future = started.pieces
-            if not future.done():
-                continue
-            error = future.exception()
+            self._copy(started)
+            error = started.error
+            pieces: tuple[Piece, ...] = ()
             if error is None:
-                if now_s < started.due_s:
+                if started.blocks is None or now_s < started.due_s:
                     continue
-                if not all(piece.block.is_ready() for piece in future.result()):
+                if not all(block.is_ready() for block in started.blocks):
                     continue
-            del self._started[uid]
-            if error is not None:
+                pieces = self._pieces(started.pages, started.blocks)
+            else:
                 logger.error("adapter %s failed to load", uid[:12], exc_info=error)
+            del self._started[uid]
             finished.append(
                 FinishedLoad(
                     uid=uid,
-                    pieces=() if error else tuple(future.result()),
+                    pieces=pieces,
                     error=f"{type(error).__name__}: {error}" if error else None,
+                    fault="internal" if error is None else load_fault(error),
                 )
             )
         return finished
@@ -190,6 +174,24 @@ class AdapterLoader:
     def close(self) -> None:
         """Stop the threads; loads under way are dropped, their disk reads awaited."""
         self._threads.shutdown(wait=True, cancel_futures=True)
+
+    def _copy(self, started: _Started) -> None:
+        """Start the copy of a load that is prepared and not copied yet."""
+        if started.blocks is not None or not started.prepared.done():
+            return
+        started.error = started.prepared.exception()
+        if started.error is None:
+            try:
+                started.blocks = self._staging.copy(started.prepared.result())
+            except Exception as error:  # no memory for it now, say: others may go on
+                started.error = error
+
+    def _pieces(self, pages: tuple[int, ...], blocks: Blocks) -> tuple[Piece, ...]:
+        targets = split_targets(pages, piece_pages(self._layout))
+        return tuple(
+            Piece(pages=own, block=block)
+            for own, block in zip(targets, blocks, strict=True)
+        )
 
     def _occupy_link(self, num_pages: int) -> float:
         """Return when the emulated link delivers this many pages that start now."""
@@ -200,13 +202,3 @@ class AdapterLoader:
         start_s = max(time.monotonic(), self._link_free_s)
         self._link_free_s = start_s + load_bytes / self._link.bytes_per_s
         return self._link_free_s + self._link.latency_s
-
-    def _stage(self, uid: str, pages: tuple[int, ...]) -> list[Piece]:
-        adapter = self._fetch(uid)
-        with self._packers:
-            packed = self._layout.pack(adapter, dtype=self._dtype)
-            pieces = split_pieces(packed, pages, piece_pages(self._layout))
-            return [
-                Piece(pages=rows, block=jax.device_put(block, self._device))
-                for rows, block in pieces
-            ]

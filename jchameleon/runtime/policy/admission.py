@@ -67,7 +67,10 @@ class AdmissionView(Protocol):
 
     @property
     def requeued(self) -> Sequence[Request]:
-        """Requests squashed since the last call, except by this policy itself."""
+        """Requests squashed since the last call, except by this policy itself.
+
+        All that ran are, youngest first, where the device has lost what it held.
+        """
 
     @property
     def outgrown(self) -> Sequence[Request]:

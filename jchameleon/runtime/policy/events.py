@@ -66,10 +66,15 @@ class AdapterPinned:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class LoadDone:
-    """A load that a plan started has arrived, or failed with the reason `error`."""
+    """A load that a plan started has arrived, or failed with the reason `error`.
+
+    Attributes:
+      fault: what kind of reason; requests that fail for it have it in their plan.
+    """
 
     uid: str
     error: str | None = None
+    fault: str = "internal"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -94,6 +99,15 @@ class StepDone:
     spoiled: tuple[str, ...] = ()
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class DeviceLost:
+    """What the device held is gone: KV entries and adapters, not copies under way.
+
+    All that ran waits again, with what it had produced. If it was lost in a step, the
+    `StepDone` of that one follows, if there is one, and names what was saved of it.
+    """
+
+
 Event: TypeAlias = (
     Arrival
     | Cancel
@@ -102,4 +116,5 @@ Event: TypeAlias = (
     | AdapterPinned
     | LoadDone
     | StepDone
+    | DeviceLost
 )

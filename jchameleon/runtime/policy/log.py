@@ -30,7 +30,7 @@ from jchameleon.runtime.policy.presets import PolicyConfig, load_policy
 from jchameleon.runtime.policy.request import Request
 
 FORMAT = "jchameleon-plan-log"
-VERSION = 2
+VERSION = 3
 
 FLUSH_S = 1.0
 """Iterations of the last second, by their own clock, may be lost when a process dies.

@@ -34,7 +34,9 @@ class Plan:
     in the same plan, so whatever read them must precede this plan on the device.
 
     Attributes:
-      failed: (request id, reason) of requests that end now without having finished.
+      failed: (request id, reason, fault) of requests that end now without having
+        finished; the fault is that of the load that failed, "capacity" where the pool
+        can never hold it, "rejected" where the admission policy turned it away.
       squashed: (request id, reason) of running requests that lose their pages and wait
         again; what they produced stays. One of them may be among `admitted` again.
       evicted: uids whose pages are gone; one of them may be among `loads` again.
@@ -56,7 +58,7 @@ class Plan:
       decode: request ids that produce one token each, in admission order.
     """
 
-    failed: tuple[tuple[str, str], ...] = ()
+    failed: tuple[tuple[str, str, str], ...] = ()
     squashed: tuple[tuple[str, str], ...] = ()
     evicted: tuple[str, ...] = ()
     forgotten: tuple[str, ...] = ()

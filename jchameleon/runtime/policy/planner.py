@@ -18,6 +18,7 @@ from jchameleon.runtime.policy.events import (
     AdapterUnregistered,
     Arrival,
     Cancel,
+    DeviceLost,
     Event,
     LoadDone,
     StepDone,
@@ -28,6 +29,7 @@ from jchameleon.runtime.policy.growth import grow_rows
 from jchameleon.runtime.policy.invariants import check_planner
 from jchameleon.runtime.policy.limits import PlannerConfig
 from jchameleon.runtime.policy.line import PriorityLine
+from jchameleon.runtime.policy.lost import start_over
 from jchameleon.runtime.policy.pins import why_not_pin
 from jchameleon.runtime.policy.plan import Books, LaneStats, Plan
 from jchameleon.runtime.policy.pool import PagePool
@@ -98,6 +100,8 @@ class Planner:
         self._residency.advance(now_s)
         for event in events:
             self._apply(event, turn)
+        if turn.device_lost:
+            start_over(self, turn)
         for uid in self._residency.leaving:
             turn.evicted += self._space.forget(uid)
         self._residency.candidates.load_line = self._estimator.load_line()
@@ -276,10 +280,13 @@ class Planner:
             case AdapterPinned(uid, pinned):
                 self._residency.pin(uid, pinned=pinned)
                 self._space.want(uid, wanted=pinned)
-            case LoadDone(uid, error):
-                self._load_done(uid, error, turn)
+            case LoadDone():
+                self._load_done(event, turn)
             case StepDone():
                 self._step_done(event, turn)
+            case DeviceLost():
+                turn.device_lost = True
+                self._laid_out_tokens, self._prefilled = (0, 0), []
 
     def _arrive(self, request: Request, turn: Turn) -> None:
         request_id, uid = request.request_id, request.adapter_uid
@@ -293,7 +300,7 @@ class Planner:
             pinned=adapter is not None and adapter.pinned,
         )
         if reason is not None:  # it would block the line for ever
-            turn.failed.append((request_id, reason))
+            turn.failed.append((request_id, reason, "capacity"))
             return
         if len(request.block_keys) * self.config.block_tokens > request.prompt_tokens:
             raise ValueError(f"request_id={request_id!r} has keys beyond its prompt")
@@ -344,7 +351,8 @@ class Planner:
         turn.note_end(row.request)
         return row
 
-    def _load_done(self, uid: str, error: str | None, turn: Turn) -> None:
+    def _load_done(self, event: LoadDone, turn: Turn) -> None:
+        uid, error = event.uid, event.error
         started_s = self._space.load_done(uid, turn.now_s)
         self._residency.finish_load(uid, failed=error is not None, now_s=turn.now_s)
         if error is None:
@@ -357,7 +365,7 @@ class Planner:
         for row in rows:
             if row.request.adapter_uid == uid:
                 self._end(row.request.request_id, turn)
-                turn.failed.append((row.request.request_id, error))
+                turn.failed.append((row.request.request_id, error, event.fault))
 
     def _step_done(self, event: StepDone, turn: Turn) -> None:
         prefill_tokens, decode_rows = self._laid_out_tokens

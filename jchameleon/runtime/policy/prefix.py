@@ -196,6 +196,11 @@ class PrefixCache:
                 self._pool.unshelve(block.page)
         return len(table)
 
+    def forget_all(self) -> None:
+        """Drop all blocks, as `forget` does."""
+        for uid in list(self._blocks):
+            self.forget(uid)
+
     def keys(self, uid: str | None) -> frozenset[str]:
         """Return the keys of an adapter's blocks."""
         return frozenset(self._blocks.get(uid, ()))

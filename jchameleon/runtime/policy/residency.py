@@ -263,6 +263,17 @@ class Residency:
         self.evictions += 1
         self._leave(adapter, "adapter")
 
+    def lose_all(self) -> list[Adapter]:
+        """Drop all resident adapters, none of which is in use; return them."""
+        lost = [a for a in self._adapters.values() if a.state is State.RESIDENT]
+        for adapter in lost:
+            assert not adapter.refs, f"adapter {adapter.uid} is in use"
+            self.candidates.remove(adapter)
+            adapter.evictions += 1
+            self.evictions += 1
+            self._leave(adapter, "adapter")
+        return lost
+
     def stats(self, uid: str) -> AdapterStats:
         """Return the counters of one adapter."""
         adapter = self.get(uid)

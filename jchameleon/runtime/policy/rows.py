@@ -29,7 +29,7 @@ class Row:
       prefilled_tokens: those of them that plans have run or found in the cache.
       planned_tokens: output that plans have asked for.
       produced_tokens: output that was reported.
-      squashes: times it was sent back to wait.
+      squashes: times that a policy or an older row sent it back to wait.
       stalled: it cannot decode in this plan for want of a page.
     """
 

@@ -169,6 +169,22 @@ class Space:
         self._residency.evict(adapter)
         return [uid]
 
+    def lose_all(self) -> list[str]:
+        """Forget blocks and adapters that the device has lost, while nothing runs.
+
+        Pinned adapters are loaded again as soon as there is room. No policy chose any
+        of this, so the eviction policy does not hear of it.
+
+        Returns:
+          the uids that left the device.
+        """
+        self.prefix.forget_all()
+        lost = self._residency.lose_all()
+        for adapter in lost:
+            if adapter.pinned:
+                self.want(adapter.uid, wanted=True)
+        return [adapter.uid for adapter in lost]
+
     def place(
         self, row: Row, reusable_blocks: int
     ) -> tuple[tuple[int, ...], list[str]]:

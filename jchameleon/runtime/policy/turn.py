@@ -36,7 +36,8 @@ class Turn:
         self.grown: list[tuple[str, tuple[int, ...]]] = []
         self.squashed: list[tuple[str, str]] = []
         self.evicted: list[str] = []
-        self.failed: list[tuple[str, str]] = []
+        self.failed: list[tuple[str, str, str]] = []
+        self.device_lost = False
         # The line itself changes when the policy has returned, so that it may admit,
         # squash and reject while it iterates.
         self._left: dict[str, None] = {}
@@ -162,7 +163,7 @@ class Turn:
         if row.adapter is not None:
             self._planner._residency.drop_queued(row.adapter.uid)
         self._left[request.request_id] = None
-        self.failed.append((request.request_id, reason))
+        self.failed.append((request.request_id, reason, "rejected"))
 
     def note_arrival(self, request: Request) -> None:
         """Report a new request to policies."""

@@ -1,5 +1,6 @@
-"""A line chart as SVG: one line per preset, time over load."""
+"""A line chart as SVG, with a logarithmic axis upwards."""
 
+import html
 import math
 from collections.abc import Mapping, Sequence
 
@@ -20,17 +21,23 @@ COLOURS = (
 FONT = 'font-family="Helvetica,Arial,sans-serif" font-size="13"'
 
 Points = Sequence[tuple[float, float]]
-"""(load, milliseconds), by load."""
+"""(across, upwards), by the first."""
 
 
 def line_chart(
-    title: str, lines: Mapping[str, Points], *, limit: float | None = None
+    title: str,
+    lines: Mapping[str, Points],
+    *,
+    across: str,
+    limit: float | None = None,
 ) -> str:
-    """Return an SVG with a logarithmic time axis.
+    """Return an SVG, one line per name.
 
     Args:
-      lines: by name; times must be above 0.
-      limit: drawn as a dashed line, such as an SLO.
+      lines: by name, at least one point; what goes upwards, milliseconds where there is
+        a limit, must be above 0.
+      across: what the other axis shows; each of its values is labelled.
+      limit: an SLO, drawn as a dashed line.
     """
     xs = [x for points in lines.values() for x, _ in points]
     ys = [y for points in lines.values() for _, y in points]
@@ -42,16 +49,16 @@ def line_chart(
         high_y *= 10
 
     def place(x: float, y: float) -> tuple[float, float]:
-        across = (x - low_x) / (high_x - low_x) if high_x > low_x else 0.5
+        right = (x - low_x) / (high_x - low_x) if high_x > low_x else 0.5
         up = math.log(y / low_y) / math.log(high_y / low_y)
         return (
-            LEFT + across * (WIDTH - LEFT - RIGHT),
+            LEFT + right * (WIDTH - LEFT - RIGHT),
             HEIGHT - BOTTOM - up * (HEIGHT - TOP - BOTTOM),
         )
 
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" '
-        f'{FONT} role="img" aria-label="{title}">',
+        f'{FONT} role="img" aria-label="{html.escape(title)}">',
         f'<rect width="{WIDTH}" height="{HEIGHT}" fill="#ffffff"/>',
         text(LEFT, 24, title, bold=True),
     ]
@@ -61,11 +68,11 @@ def line_chart(
         parts.append(stroke([(LEFT, y), (WIDTH - RIGHT, y)], "#dddddd"))
         parts.append(text(LEFT - 8, y + 4, f"{value:g}", anchor="end"))
         value *= 10
-    for load in sorted(set(xs)):
-        x, y = place(load, low_y)
-        parts.append(text(x, y + 20, f"{load:g}", anchor="middle"))
+    for value in sorted(set(xs)):
+        x, y = place(value, low_y)
+        parts.append(text(x, y + 20, f"{value:g}", anchor="middle"))
     middle = (LEFT + WIDTH - RIGHT) / 2
-    parts.append(text(middle, HEIGHT - 10, "load / saturation", anchor="middle"))
+    parts.append(text(middle, HEIGHT - 10, across, anchor="middle"))
     if limit is not None:
         (x, y), (end, _) = place(low_x, limit), place(high_x, limit)
         parts.append(stroke([(x, y), (end, y)], "#000000", dashes="6 4"))
@@ -89,7 +96,8 @@ def line_chart(
 def text(x: float, y: float, what: str, *, anchor: str = "start", bold: bool = False):
     """Return a text element."""
     weight = ' font-weight="bold"' if bold else ""
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{weight}>{what}</text>'
+    place = f'x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"'
+    return f"<text {place}{weight}>{html.escape(what)}</text>"
 
 
 def stroke(points: Points, colour: str, *, dashes: str = "none") -> str:

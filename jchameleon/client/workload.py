@@ -1,0 +1,209 @@
+"""What a load generator sends: when, through which adapter, how much; from a seed."""
+
+import dataclasses
+import itertools
+import math
+import random
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+
+from jchameleon.client.arrivals import Process, Trace, arrivals_s
+from jchameleon.errors import ConfigError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Popularity:
+    """How often each adapter is asked for.
+
+    Attributes:
+      law: "uniform"; "zipf", the i-th of all as often as i**-exponent; "power", ranks
+        equally often and within a rank the i-th as often as i**-exponent (Chameleon,
+        section 5.1).
+    """
+
+    law: str = "uniform"
+    exponent: float = 0.0
+
+    @classmethod
+    def parse(cls, text: str) -> "Popularity":
+        """Read "uniform", "zipf:1.2" or "power:1".
+
+        Raises:
+          ConfigError: it is something else.
+        """
+        law, _, exponent = text.partition(":")
+        try:
+            value = float(exponent or "0")
+            if (law == "uniform") == (not exponent) and 0 <= value < math.inf:
+                if law in ("uniform", "zipf", "power"):
+                    return cls(law=law, exponent=value)
+        except ValueError:
+            pass
+        raise ConfigError(
+            f"popularity={text!r} must be uniform, zipf:A or power:A, such as zipf:1.2"
+        )
+
+    def weights(self, ranks: Sequence[int | None]) -> list[float]:
+        """Return the share of each adapter, given their ranks; they sum to 1."""
+        # Adapters that share one series of weights.
+        groups = ranks if self.law == "power" else [None] * len(ranks)
+        places: Counter[int | None] = Counter()
+        weights = []
+        for group in groups:
+            places[group] += 1
+            weights.append(places[group] ** -self.exponent)
+        totals: defaultdict[int | None, float] = defaultdict(float)
+        for group, weight in zip(groups, weights, strict=True):
+            totals[group] += weight
+        return [
+            weight / totals[group] / len(totals)
+            for group, weight in zip(groups, weights, strict=True)
+        ]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Length:
+    """How many tokens a prompt or an output has: from `low` to `high`, evenly.
+
+    Attributes:
+      of_trace: what the trace says instead.
+    """
+
+    low: int = 1
+    high: int = 1
+    of_trace: bool = False
+
+    @classmethod
+    def parse(cls, text: str) -> "Length":
+        """Read "128", "64:256" or "trace".
+
+        Raises:
+          ConfigError: it is something else.
+        """
+        if text == "trace":
+            return cls(of_trace=True)
+        low, colon, high = text.partition(":")
+        try:
+            length = cls(low=int(low), high=int(high if colon else low))
+            if 1 <= length.low <= length.high:
+                return length
+        except ValueError:
+            pass
+        raise ConfigError(
+            f"length={text!r} must be N, LOW:HIGH or trace, with 1 <= LOW <= HIGH"
+        )
+
+    def draw(self, of_trace: int, scale: float, rng: random.Random) -> int:
+        """Return a length; of a trace, multiplied with `scale`."""
+        if self.of_trace:
+            return max(1, round(scale * of_trace))
+        return rng.randint(self.low, self.high)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Planned:
+    """One request that will be sent.
+
+    Attributes:
+      at_s: from the start.
+      adapter: None is the base model, which has rank 0.
+      rank: None where it is not known.
+    """
+
+    at_s: float
+    adapter: str | None
+    rank: int | None
+    prompt: tuple[int, ...]
+    output_tokens: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Workload:
+    """Everything that a seed leaves open.
+
+    Attributes:
+      rate_rps: None is the trace's own.
+      num_requests: at most; None is as many as come in `duration_s`.
+      duration_s: nothing is sent later; None sends `num_requests`.
+      length_scale: what a trace's lengths are multiplied with.
+      max_model_len: longest prompt and output together; a longer prompt is cut, and an
+        output that alone is too long as well.
+      vocab_size: prompts are random token ids below it.
+    """
+
+    process: Process = "poisson"
+    rate_rps: float | None = 1.0
+    num_requests: int | None = 100
+    duration_s: float | None = None
+    input_len: Length = Length(low=128, high=128)
+    output_len: Length = Length(low=32, high=32)
+    length_scale: float = 1.0
+    popularity: Popularity = Popularity()
+    seed: int = 0
+    max_model_len: int = 2048
+    vocab_size: int = 256
+
+    def __post_init__(self) -> None:
+        for field in ("rate_rps", "duration_s", "length_scale"):
+            value = getattr(self, field)
+            if value is not None and not value > 0:
+                raise ConfigError(f"{field}={value!r} must be above 0")
+        if self.num_requests is None:
+            if self.duration_s is None or self.rate_rps == math.inf:
+                raise ConfigError("num_requests must be given: nothing else ends it")
+        elif self.num_requests < 1:
+            raise ConfigError(f"num_requests={self.num_requests!r} must be at least 1")
+        if self.rate_rps is None and self.process != "trace":
+            raise ConfigError("rate_rps must be given unless arrivals are a trace's")
+        if self.max_model_len < 2 or self.vocab_size < 1:
+            raise ConfigError(
+                f"max_model_len={self.max_model_len} and vocab_size={self.vocab_size} "
+                "must be at least 2 and 1"
+            )
+
+    def plan(
+        self, ranks: Mapping[str | None, int | None], trace: Trace | None = None
+    ) -> list[Planned]:
+        """Return all requests by arrival; the same arguments give the same ones.
+
+        Args:
+          ranks: of the adapters that are asked for, in order of popularity; None is the
+            base model.
+
+        Raises:
+          ConfigError: there is no adapter, or no trace where one is needed.
+        """
+        needs_trace = self.process == "trace" or (
+            self.input_len.of_trace or self.output_len.of_trace
+        )
+        if trace is None and needs_trace:
+            raise ConfigError("arrivals or lengths of a trace need a trace")
+        if not ranks:
+            raise ConfigError("there is no adapter to send requests for")
+        # Streams of their own: other lengths leave the arrivals as they are.
+        when, who, what = (random.Random(f"{self.seed} {k}") for k in "123")
+        arrivals = arrivals_s(self.process, self.rate_rps, when, trace)
+        if self.duration_s is not None:
+            end_s = self.duration_s
+            arrivals = itertools.takewhile(lambda at_s: at_s < end_s, arrivals)
+        times = list(itertools.islice(arrivals, self.num_requests))
+        names = list(ranks)
+        weights = self.popularity.weights(list(ranks.values()))
+        chosen = who.choices(names, weights, k=len(times))
+        plan = []
+        for index, (at_s, name) in enumerate(zip(times, chosen, strict=True)):
+            recorded = trace.lengths[index % len(trace.lengths)] if trace else (1, 1)
+            output = self.output_len.draw(recorded[1], self.length_scale, what)
+            output = min(output, self.max_model_len - 1)
+            prompt = self.input_len.draw(recorded[0], self.length_scale, what)
+            prompt = min(prompt, self.max_model_len - output)
+            plan.append(
+                Planned(
+                    at_s=at_s,
+                    adapter=name,
+                    rank=ranks[name],
+                    prompt=tuple(what.choices(range(self.vocab_size), k=prompt)),
+                    output_tokens=output,
+                )
+            )
+        return plan

@@ -1,0 +1,248 @@
+"""Put a server together: services over one model, and their life from port to stop."""
+
+import asyncio
+import dataclasses
+import logging
+import re
+from typing import Any
+
+import grpc
+from grpc_reflection.v1alpha import reflection
+
+from jchameleon.errors import ConfigError
+from jchameleon.llm import LLM
+from jchameleon.sampling import MAX_N
+from jchameleon.serving.adapter_paths import AdapterRoot
+from jchameleon.serving.adapters import AdapterService
+from jchameleon.serving.admission import Admission
+from jchameleon.serving.auth import TokenInterceptor, Tokens
+from jchameleon.serving.catalog import AdapterCatalog
+from jchameleon.serving.compiles import CompileCounter
+from jchameleon.serving.engine_service import EngineService
+from jchameleon.serving.guard import streaming, unary
+from jchameleon.serving.health import HEALTH_SERVICE, Health
+from jchameleon.serving.inference import InferenceService
+from jchameleon.serving.observer import RequestObserver, Silence
+from jchameleon.serving.proto.jchameleon.v1 import (
+    adapter_pb2,
+    engine_pb2,
+    inference_pb2,
+)
+from jchameleon.serving.settings import ServerConfig
+from jchameleon.serving.state import Phase, ServerState
+from jchameleon.serving.status import StatusError
+from jchameleon.serving.streams import LoopOutbox
+from jchameleon.serving.tls import server_credentials
+
+logger = logging.getLogger(__name__)
+
+INFERENCE_SERVICE = "jchameleon.v1.InferenceService"
+ADAPTER_SERVICE = "jchameleon.v1.AdapterService"
+ENGINE_SERVICE = "jchameleon.v1.EngineService"
+
+
+class Server:
+    """A gRPC server over one model; event loop only.
+
+    The port is bound first, so that a taken one is found at once and probes get an
+    answer while the model loads.
+
+    Attributes:
+      health: live from `bind` on, ready once loaded.
+      compiles: what jax has compiled, in the whole process.
+    """
+
+    def __init__(
+        self, config: ServerConfig, observer: RequestObserver | None = None
+    ) -> None:
+        """Nothing is bound or loaded yet; the files of the configuration are read.
+
+        Raises:
+          ConfigError: one of them is missing or no good.
+        """
+        self.config = config
+        adapters = config.adapters
+        root = None
+        if adapters.root is not None:
+            root = AdapterRoot(adapters.root, max_bytes=adapters.max_adapter_bytes)
+        self._tokens = Tokens.read(config.security)
+        self._credentials = server_credentials(config.security)
+        self.catalog = AdapterCatalog()
+        self.health = Health((INFERENCE_SERVICE,))
+        self.compiles = CompileCounter()
+        self._observer = observer or Silence()
+        self.state = ServerState()
+        limits, engine = config.limits, config.engine
+        self.admission = Admission(
+            max_requests=limits.max_waiting_requests + engine.max_running,
+            max_waiting_tokens=limits.max_waiting_tokens,
+        )
+        self.outbox = LoopOutbox(asyncio.get_running_loop())
+        self.adapters = AdapterService(
+            adapters, root, self.catalog, self.state.open_llm
+        )
+        self._server: grpc.aio.Server | None = None
+        self._port = 0
+
+    @property
+    def port(self) -> int:
+        """The port that is bound."""
+        return self._port
+
+    async def bind(self) -> None:
+        """Answer on the port: UNAVAILABLE until `load` is done.
+
+        Raises:
+          ConfigError: the address cannot be bound.
+        """
+        listen = self.config.server
+        server = grpc.aio.server(
+            interceptors=[TokenInterceptor(self._tokens)],
+            options=_options(self.config),
+            maximum_concurrent_rpcs=listen.max_concurrent_rpcs,
+        )
+        self._add_services(server)
+        address = f"{listen.host}:{listen.port}"
+        try:
+            if self._credentials is None:
+                self._port = server.add_insecure_port(address)
+            else:
+                self._port = server.add_secure_port(address, self._credentials)
+        except RuntimeError as error:
+            raise ConfigError(f"cannot listen on {address}: {error}") from error
+        if not self._port:
+            raise ConfigError(f"cannot listen on {address}")
+        await server.start()
+        self._server = server
+
+    async def load(self) -> None:
+        """Load the model and compile its programs, off the event loop.
+
+        Raises:
+          JChameleonError: what is wrong with model, adapters or configuration.
+        """
+        llm = await asyncio.to_thread(self._open_llm)
+        try:
+            await self.adapters.start(llm)
+        except BaseException:
+            await asyncio.to_thread(llm.close)
+            raise
+        self.state.ready(llm)
+        self.compiles.warm()
+        self.health.set_ready(ready=self.state.phase == "ready")
+
+    def refuse(self, phase: Phase = "draining") -> None:
+        """Take no new requests any more; what runs goes on."""
+        if self.state.phase != "dead":
+            self.state.phase = phase
+        self.health.end()
+
+    async def stop(self, grace_s: float | None = None) -> None:
+        """Refuse new calls, give those that run `grace_s`, then end everything.
+
+        The engine is stopped last: what still runs is answered by it.
+        """
+        await self.stop_calls(grace_s)
+        await self.close_engine()
+
+    async def stop_calls(
+        self, grace_s: float | None, error: StatusError | None = None
+    ) -> None:
+        """End the port and its calls.
+
+        Args:
+          grace_s: for replies that are on their way, or for calls that run on.
+          error: ends all requests with this status first.
+        """
+        self.refuse()
+        if error is not None:
+            self.outbox.fail_all(error)
+        if self._server is not None:
+            await self._server.stop(grace_s)
+
+    async def close_engine(self) -> None:
+        """Stop the engine, where there is one; it is waited for."""
+        self.compiles.close()
+        self.adapters.close()
+        if self.state.llm is not None:
+            await asyncio.to_thread(self.state.llm.close)
+
+    def _open_llm(self) -> LLM:
+        config = self.config
+        engine = dataclasses.replace(
+            config.engine,
+            # The bound is counted at the edge; completions of one request over it pass.
+            max_waiting=config.limits.max_waiting_requests + MAX_N,
+        )
+        fields = {
+            field.name: getattr(engine, field.name)
+            for field in dataclasses.fields(engine)
+        }
+        # Given at the start: they say what projections the programs are compiled for.
+        return LLM(config.model, adapters=self.adapters.configured(), **fields)
+
+    def _add_services(self, server: grpc.aio.Server) -> None:
+        inference = InferenceService(
+            self.state.open_llm,
+            self.outbox,
+            self.admission,
+            self._observer,
+            self.catalog,
+        )
+        engine = EngineService(
+            self.config, self.state.open_llm, self.outbox, self.compiles
+        )
+        handlers = {
+            "Generate": unary(inference_pb2.GenerateRequest, inference.generate),
+            "GenerateStream": streaming(
+                inference_pb2.GenerateRequest,
+                inference.generate_stream,
+                stall_timeout_s=self.config.server.stall_timeout_s,
+            ),
+            "Tokenize": unary(inference_pb2.TokenizeRequest, inference.tokenize),
+        }
+        server.add_generic_rpc_handlers(
+            (
+                grpc.method_handlers_generic_handler(INFERENCE_SERVICE, handlers),
+                _unary_service(ADAPTER_SERVICE, adapter_pb2, self.adapters),
+                _unary_service(ENGINE_SERVICE, engine_pb2, engine),
+                self.health.handler(stall_timeout_s=self.config.server.stall_timeout_s),
+            )
+        )
+        services = (
+            INFERENCE_SERVICE,
+            ADAPTER_SERVICE,
+            ENGINE_SERVICE,
+            HEALTH_SERVICE,
+            reflection.SERVICE_NAME,
+        )
+        reflection.enable_server_reflection(services, server)
+
+
+def _unary_service(name: str, messages: Any, service: Any) -> grpc.GenericRpcHandler:
+    """Return the handlers of a service; each method of the protocol has one."""
+    described = messages.DESCRIPTOR.services_by_name[name.rpartition(".")[2]]
+    handlers = {}
+    for method in described.methods:
+        snake = re.sub(r"(?<!^)(?=[A-Z])", "_", method.name).lower()
+        request_type = getattr(messages, method.input_type.name)
+        handlers[method.name] = unary(request_type, getattr(service, snake))
+    return grpc.method_handlers_generic_handler(name, handlers)
+
+
+def _options(config: ServerConfig) -> list[tuple[str, int]]:
+    """Return gRPC's channel arguments."""
+    listen = config.server
+    return [
+        ("grpc.max_receive_message_length", listen.max_message_bytes),
+        ("grpc.max_send_message_length", listen.max_reply_bytes),
+        # Two servers on one port would share its calls without a word.
+        ("grpc.so_reuseport", 0),
+        # Clients may ping through a long prefill; gRPC's default of 300 s would end
+        # their connections. vLLM's server allows the same.
+        ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+        ("grpc.keepalive_permit_without_calls", 1),
+        # A client that is gone without a word is found in 20 + 10 s.
+        ("grpc.keepalive_time_ms", 20_000),
+        ("grpc.keepalive_timeout_ms", 10_000),
+    ]

@@ -1,0 +1,483 @@
+"""Measure what the gRPC server costs beside what it serves.
+
+Streams: many requests stream at once from the tiny model. Three processes run the same
+requests in turn: the server, an engine without gRPC, and a bare grpc.aio server that
+sends the server's own messages at the server's own rate. What the server adds to the
+engine, per message and to the first token, is compared with the bare one.
+
+Throughput: requests for many adapters of a real model, all at once, through the server
+and through the engine alone.
+
+    python tools/bench_server.py --json out.json
+    python tools/bench_server.py --quick              # its figures mean nothing
+"""
+
+import argparse
+import asyncio
+import contextlib
+import dataclasses
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+from bench_machine import calibrate, describe_machine, hold_to_cores, versions
+from bench_server_roles import ECHO_METHOD
+from bench_workload import spread
+from random_adapters import write_random_adapter
+
+from jchameleon import __version__
+from jchameleon.client.calls import GENERATE_STREAM
+from jchameleon.config import ATTENTION_PROJECTIONS
+from jchameleon.models.loader import load_model_config
+from jchameleon.serving.proto.jchameleon.v1 import inference_pb2 as pb
+
+BAR_MESSAGE = 1.5
+"""The server's CPU per message may be so many times the bare one's."""
+BAR_THROUGHPUT = 0.9
+"""The server's tokens per second may be so many times the engine's, at least."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Settings:
+    """One run of the bench.
+
+    Attributes:
+      streams: how many at once, in turn.
+      stream_tokens: output of each.
+      repeats: timed rounds; one more warms up.
+      model: of the throughput part.
+      ranks: of its adapters, in turn.
+    """
+
+    streams: tuple[int, ...] = (32, 64)
+    stream_tokens: int = 256
+    repeats: int = 5
+    model: str = "smollm2-135m"
+    num_adapters: int = 16
+    ranks: tuple[int, ...] = (8, 16, 32, 64)
+    num_requests: int = 32
+    prompt_tokens: int = 32
+    output_tokens: int = 32
+    throughput_repeats: int = 3
+    seed: int = 0
+    threads: int = 2
+
+
+QUICK: dict[str, Any] = {
+    "streams": (2, 4),
+    "stream_tokens": 8,
+    "repeats": 1,
+    "model": "tiny",
+    "num_adapters": 2,
+    "ranks": (8,),
+    "num_requests": 4,
+    "prompt_tokens": 8,
+    "output_tokens": 4,
+    "throughput_repeats": 1,
+}
+
+
+class Process:
+    """One of the roles of bench_server_roles.py."""
+
+    def __init__(self, role: str, config: Mapping[str, Any]) -> None:
+        script = Path(__file__).with_name("bench_server_roles.py")
+        self._process = subprocess.Popen(
+            [sys.executable, str(script), role, json.dumps(config)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self.port = self._read()["port"]
+
+    def ask(self, **order: Any) -> dict[str, Any]:
+        """Give an order and wait for its answer."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(order) + "\n")
+        self._process.stdin.flush()
+        return self._read()
+
+    def close(self) -> None:
+        """Let it end."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+
+    def _read(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"a process ended: {self._process.args}")
+        return json.loads(line)
+
+
+@contextlib.contextmanager
+def processes(roles: Sequence[str], config: Mapping[str, Any]) -> Iterator[dict]:
+    """Run roles, by name."""
+    found: dict[str, Process] = {}
+    try:
+        for role in roles:
+            found[role] = Process(role, config)
+        yield found
+    finally:
+        for process in found.values():
+            process.close()
+
+
+async def stream_all(
+    port: int, method: str, requests: Sequence[bytes]
+) -> tuple[float, list[float], list[list[bytes]]]:
+    """Send requests at once; return wall seconds, times to first message, messages."""
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        await channel.channel_ready()
+        call = channel.unary_stream(method)
+        start_s = time.perf_counter()
+
+        async def read(request: bytes) -> tuple[float, list[bytes]]:
+            messages, first_s = [], 0.0
+            async for message in call(request):
+                if not messages:
+                    first_s = time.perf_counter() - start_s
+                messages.append(message)
+            return first_s, messages
+
+        answers = await asyncio.gather(*map(read, requests))
+        wall_s = time.perf_counter() - start_s
+    return wall_s, [first_s for first_s, _ in answers], [m for _, m in answers]
+
+
+def generate_request(
+    prompt: Sequence[int], adapter: str | None, output_tokens: int
+) -> bytes:
+    """Return a greedy request of a fixed length."""
+    return pb.GenerateRequest(
+        adapter_id=adapter or "",
+        token_ids=pb.TokenIds(ids=prompt),
+        sampling=pb.SamplingParams(temperature=0.0),
+        stopping=pb.StoppingCriteria(max_new_tokens=output_tokens, ignore_eos=True),
+        response=pb.ResponseOptions(token_ids=True),
+    ).SerializeToString()
+
+
+def spent(process: Process, before: Mapping[str, float]) -> dict[str, float]:
+    """Return the CPU seconds since `before`."""
+    after = process.ask(do="cpu")
+    return {name: after[name] - before[name] for name in after}
+
+
+def run_streams(
+    found: Mapping[str, Process],
+    role: str,
+    prompts: Sequence[Sequence[int]],
+    settings: Settings,
+    served: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    """Return one sample of a role; the bare server sends what `served` received."""
+    process = found[role]
+    before = process.ask(do="cpu")
+    if role == "engine":
+        sample = process.ask(
+            do="run",
+            prompts=prompts,
+            adapters=[None] * len(prompts),
+            output_tokens=settings.stream_tokens,
+        )
+        return {**sample, "cpu": spent(process, before)}
+    if role == "server":
+        method = GENERATE_STREAM
+        requests = [
+            generate_request(prompt, None, settings.stream_tokens) for prompt in prompts
+        ]
+    else:
+        assert served is not None, "the server runs first"
+        method = ECHO_METHOD
+        requests = [
+            json.dumps(
+                {
+                    "interval_s": served["interval_s"],
+                    "messages": [message.hex() for message in messages],
+                }
+            ).encode()
+            for messages in served["messages"]
+        ]
+    wall_s, ttfts_s, messages = asyncio.run(stream_all(process.port, method, requests))
+    most = max(len(one) for one in messages)
+    return {
+        "wall_s": wall_s,
+        "ttfts_s": ttfts_s,
+        "num_messages": sum(map(len, messages)),
+        "interval_s": (wall_s - min(ttfts_s)) / max(1, most - 1),
+        "messages": messages,
+        "cpu": spent(process, before),
+    }
+
+
+def measure_streams(settings: Settings) -> list[dict[str, Any]]:
+    """Return one row per number of streams."""
+    engine = {
+        "max_running": max(settings.streams),
+        "max_model_len": settings.stream_tokens + 64,
+        "max_batch_tokens": 256,
+        "pool_bytes": 256 << 20,
+    }
+    rng = np.random.default_rng(settings.seed)
+    samples: dict[int, dict[str, list]] = {}
+    roles = ("server", "engine", "echo")
+    config = {"model": "tiny", "adapters": {}, "engine": engine}
+    with processes(roles, config) as found:
+        served: dict[int, dict[str, Any]] = {}
+        for repeat in range(settings.repeats + 1):
+            for streams in settings.streams:
+                prompts = rng.integers(0, 256, (streams, 16)).tolist()
+                # A machine that drifts drifts for all: forwards, then backwards.
+                for role in roles[:: -1 if repeat % 2 and repeat > 1 else 1]:
+                    sample = run_streams(
+                        found, role, prompts, settings, served.get(streams)
+                    )
+                    if role == "server":
+                        served[streams] = sample
+                    if repeat:  # the first warms up
+                        samples.setdefault(streams, {}).setdefault(role, []).append(
+                            {k: v for k, v in sample.items() if k != "messages"}
+                        )
+    return [stream_row(streams, runs) for streams, runs in samples.items()]
+
+
+def stream_row(streams: int, runs: Mapping[str, Sequence[dict]]) -> dict[str, Any]:
+    """Return what a number of streams cost, ratios paired by round."""
+    server, engine, echo = runs["server"], runs["engine"], runs["echo"]
+
+    def us_per_message(sample: dict, cpu_s: float) -> float:
+        return 1e6 * cpu_s / sample["num_messages"]
+
+    ours = [us_per_message(one, one["cpu"]["serving_s"]) for one in server]
+    bare = [us_per_message(one, one["cpu"]["serving_s"]) for one in echo]
+    added = [
+        us_per_message(one, one["cpu"]["process_s"] - alone["cpu"]["process_s"])
+        for one, alone in zip(server, engine, strict=True)
+    ]
+
+    def median_ms(sample: dict) -> float:
+        return 1e3 * statistics.median(sample["ttfts_s"])
+
+    added_ms = [
+        median_ms(one) - median_ms(alone)
+        for one, alone in zip(server, engine, strict=True)
+    ]
+
+    def ratio(above: Sequence[float], below: Sequence[float]) -> dict[str, float]:
+        return spread([a / b for a, b in zip(above, below, strict=True)])
+
+    return {
+        "streams": streams,
+        "messages_per_s": spread(
+            [one["num_messages"] / one["wall_s"] for one in server]
+        ),
+        "echo_messages_per_s": spread(
+            [one["num_messages"] / one["wall_s"] for one in echo]
+        ),
+        "engine_tokens_per_s": spread(
+            [one["output_tokens"] / one["wall_s"] for one in engine]
+        ),
+        "serving_us_per_message": spread(ours),
+        "added_us_per_message": spread(added),
+        "echo_us_per_message": spread(bare),
+        "serving_ratio": ratio(ours, bare),
+        "added_ratio": ratio(added, bare),
+        "server_ttft_ms": spread([median_ms(one) for one in server]),
+        "engine_ttft_ms": spread([median_ms(one) for one in engine]),
+        "added_ttft_ms": spread(added_ms),
+        "echo_ttft_ms": spread([median_ms(one) for one in echo]),
+        "runs": dict(runs),
+    }
+
+
+def measure_throughput(settings: Settings) -> dict[str, Any]:
+    """Return tokens per second of server and engine on the same requests."""
+    model = load_model_config(settings.model)
+    rng = np.random.default_rng(settings.seed)
+    rates: dict[str, list[float]] = {"server": [], "engine": []}
+    with tempfile.TemporaryDirectory() as folder:
+        adapters = {
+            f"a{index}": str(
+                write_random_adapter(
+                    Path(folder, f"a{index}"),
+                    model,
+                    rank=settings.ranks[index % len(settings.ranks)],
+                    targets=ATTENTION_PROJECTIONS,
+                    seed=index,
+                )
+            )
+            for index in range(settings.num_adapters)
+        }
+        names = list(adapters)
+        who = [names[i % len(names)] for i in range(settings.num_requests)]
+        engine = {"max_running": 16, "max_model_len": 512, "pool_bytes": 512 << 20}
+        config = {"model": settings.model, "adapters": adapters, "engine": engine}
+        with processes(("server", "engine"), config) as found:
+            for repeat in range(settings.throughput_repeats + 1):
+                prompts = rng.integers(
+                    0,
+                    model.vocab_size,
+                    (settings.num_requests, settings.prompt_tokens),
+                ).tolist()
+                for role in list(found)[:: -1 if repeat % 2 else 1]:
+                    rate = throughput(found[role], role, prompts, who, settings)
+                    if repeat:  # the first loads the adapters
+                        rates[role].append(rate)
+    pairs = zip(rates["server"], rates["engine"], strict=True)
+    return {
+        "server_tokens_per_s": spread(rates["server"]),
+        "engine_tokens_per_s": spread(rates["engine"]),
+        "ratio": spread([server / engine for server, engine in pairs]),
+    }
+
+
+def throughput(
+    process: Process,
+    role: str,
+    prompts: Sequence[Sequence[int]],
+    adapters: Sequence[str],
+    settings: Settings,
+) -> float:
+    """Return the output tokens per second of one run."""
+    total = len(prompts) * settings.output_tokens
+    if role == "engine":
+        sample = process.ask(
+            do="run",
+            prompts=prompts,
+            adapters=list(adapters),
+            output_tokens=settings.output_tokens,
+        )
+        assert sample["output_tokens"] == total, sample
+        return total / sample["wall_s"]
+    requests = [
+        generate_request(prompt, adapter, settings.output_tokens)
+        for prompt, adapter in zip(prompts, adapters, strict=True)
+    ]
+    wall_s, _, messages = asyncio.run(
+        stream_all(process.port, GENERATE_STREAM, requests)
+    )
+    tokens = sum(
+        len(output.token_ids)
+        for stream in messages
+        for message in stream
+        for output in pb.GenerateResponse.FromString(message).outputs
+    )
+    assert tokens == total, tokens
+    return total / wall_s
+
+
+def run_bench(settings: Settings, *, quick: bool) -> dict[str, Any]:
+    """Measure everything and return the report that is printed and kept as JSON."""
+    load = os.getloadavg()[0]
+    width, amount = (256, 8 << 20) if quick else (2048, 512 << 20)
+    calibration = calibrate(
+        threads=settings.threads, gemm_width=width, read_bytes=amount
+    )
+    streams = measure_streams(settings)
+    rate = measure_throughput(settings)
+    return {
+        "settings": dataclasses.asdict(settings),
+        "machine": describe_machine(),
+        "load_average": load,
+        "calibration": calibration,
+        "versions": {
+            "jchameleon": __version__,
+            **versions(("numpy", "jax", "grpcio", "protobuf")),
+        },
+        "streams": streams,
+        "throughput": rate,
+        "checks": {
+            **{
+                f"{row['streams']} streams: CPU per message <= {BAR_MESSAGE} x bare": (
+                    row["serving_ratio"]["median"] <= BAR_MESSAGE
+                )
+                for row in streams
+            },
+            f"throughput >= {BAR_THROUGHPUT} x engine": (
+                rate["ratio"]["median"] >= BAR_THROUGHPUT
+            ),
+        },
+    }
+
+
+def print_report(report: Mapping[str, Any]) -> None:
+    """Print the report for people."""
+    settings, machine = report["settings"], report["machine"]
+    load = report["load_average"]
+    print(
+        f"medians of {settings['repeats']} rounds [spread]; machine: {machine['cpu']}, "
+        f"{machine['cores_in_use']} of {machine['cores']} cores, load {load:.1f} at "
+        f"the start{'' if load < 0.5 else ': it was NOT QUIET'}; "
+        f"{report['calibration']['gemm_gflops']:.0f} GFLOP/s, "
+        f"{report['calibration']['read_gbps']:.1f} GB/s; versions: "
+        + ", ".join(f"{k} {v}" for k, v in report["versions"].items() if v)
+    )
+
+    def shown(values: Mapping[str, float], digits: int = 0) -> str:
+        return (
+            f"{values['median']:.{digits}f} "
+            f"[{values['min']:.{digits}f}-{values['max']:.{digits}f}]"
+        )
+
+    for row in report["streams"]:
+        print(f"\n{row['streams']} streams of the tiny model")
+        for label, key, digits in (
+            ("messages/s, server", "messages_per_s", 0),
+            ("messages/s, bare", "echo_messages_per_s", 0),
+            ("tokens/s, engine alone", "engine_tokens_per_s", 0),
+            ("CPU us a message, serving", "serving_us_per_message", 1),
+            ("CPU us a message, over the engine", "added_us_per_message", 1),
+            ("CPU us a message, bare", "echo_us_per_message", 1),
+            ("serving / bare", "serving_ratio", 2),
+            ("over the engine / bare", "added_ratio", 2),
+            ("TTFT ms, server", "server_ttft_ms", 1),
+            ("TTFT ms, engine alone", "engine_ttft_ms", 1),
+            ("TTFT ms, over the engine", "added_ttft_ms", 1),
+            ("TTFT ms, bare", "echo_ttft_ms", 1),
+        ):
+            print(f"  {label:34} {shown(row[key], digits)}")
+    rate = report["throughput"]
+    print(
+        f"\n{settings['model']}, {settings['num_adapters']} adapters, "
+        f"{settings['num_requests']} requests: tokens/s server "
+        f"{shown(rate['server_tokens_per_s'], 1)}, engine "
+        f"{shown(rate['engine_tokens_per_s'], 1)}, ratio {shown(rate['ratio'], 3)}\n"
+    )
+    for check, holds in report["checks"].items():
+        print(f"{'ok  ' if holds else 'MISS'} {check}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the report")
+    parser.add_argument("--quick", action="store_true", help="everything, in seconds")
+    parser.add_argument("--repeats", type=int, help="timed rounds of the streams")
+    args = parser.parse_args()
+    values = dict(QUICK) if args.quick else {}
+    if args.repeats is not None:
+        if args.repeats < 1:
+            parser.error(f"--repeats={args.repeats} must be at least 1")
+        values["repeats"] = args.repeats
+    settings = Settings(**values)
+    hold_to_cores(settings.threads)
+    report = run_bench(settings, quick=args.quick)
+    print_report(report)
+    if args.json is not None:
+        args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
