@@ -113,8 +113,7 @@ class LooseEngine:
         for uid in [uid for uid in self.loading if rng.random() < 0.5]:
             self.loading.remove(uid)
             error = "disk is on fire" if rng.random() < 0.1 else None
-            fault = rng.choice(["adapter", "adapter_io", "internal"])
-            self.events.append(LoadDone(uid, error, fault))
+            self.events.append(LoadDone(uid, error, "adapter_io"))
         for _ in range(rng.choice([0, 0, 0, 0, 0, 0, 1, 3])):
             self.arrive()
         if self.left and rng.random() < 0.1:
@@ -184,7 +183,8 @@ def record(path, policy=FIFO, *, seed=0, steps=200, priorities=(0,)):
         CONFIG, kv_reserve=policy.kv_reserve, max_squashes=policy.max_squashes
     )
     planner = Planner(config, **build_policies(policy))
-    engine = LooseEngine(planner, seed, priorities, loses_device=True)
+    # Losses leave little time for rare things to happen: half of the runs have none.
+    engine = LooseEngine(planner, seed, priorities, loses_device=seed % 2 == 1)
     iterations = []
     with closing(PlanLogWriter(path, config, policy)) as log:
         for _ in range(steps):

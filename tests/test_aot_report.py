@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import aot_bars
 import aot_hlo
@@ -267,6 +268,14 @@ def test_moved_bytes_of_own_kernels_are_those_that_are_counted():
 def test_kernel_bars_name_what_is_wrong(changes, fault):
     faults = aot_bars.kernel_faults(kernel(**changes), decode=True)
     assert faults == [] if fault is None else any(fault in line for line in faults)
+
+
+def test_compile_slower_than_on_an_idle_machine_warns():
+    program = SimpleNamespace(name="decode[16]", compile_s=9.9)
+    assert aot_bars.compile_warnings(program) == []
+    program.compile_s = 12.0
+    (warning,) = aot_bars.compile_warnings(program)
+    assert warning.startswith("decode[16] took 12 s to compile")
 
 
 def test_unknown_target_is_refused():

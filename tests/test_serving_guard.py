@@ -3,26 +3,18 @@
 import asyncio
 
 import grpc
-from server_harness import greedy, joined_ids, running_server
 
 from jchameleon.serving.guard import streaming
 from jchameleon.serving.proto.jchameleon.v1 import inference_pb2 as pb
 
-STALL_S = 0.05
-
-
-def test_long_stream_with_a_short_patience_is_whole():
-    with running_server({"server": {"stall_timeout_s": STALL_S}}) as server:
-        request = greedy(tokens=450)
-        assert len(joined_ids(server.stream(request))) == 450
-        # Patience ends with its stream.
-        assert len(joined_ids(server.stream(request))) == 450
+STALL_S = 1.0
+"""Far more than a write takes on a machine that is busy with other things."""
 
 
 def test_waiting_for_the_next_message_is_not_a_stalled_reader():
     async def method(request, context):
         for _ in range(3):
-            await asyncio.sleep(3 * STALL_S)
+            await asyncio.sleep(1.5 * STALL_S)
             yield pb.GenerateResponse(request_id="x")
 
     async def call():

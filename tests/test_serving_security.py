@@ -4,12 +4,12 @@ import contextlib
 import logging
 import os
 import shutil
-import subprocess
 
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2
 from server_harness import error_details, greedy, refusal, running_server
+from tls_files import make_certificate, make_certificates
 
 from jchameleon.errors import ConfigError
 from jchameleon.serving.proto.jchameleon.v1 import engine_pb2
@@ -135,48 +135,9 @@ def test_other_addresses_than_loopback_need_tls_or_consent():
     ServerConfig.from_dict({"server": {"host": "0.0.0.0", "allow_insecure": True}})
 
 
-def openssl(*args):
-    subprocess.run(["openssl", *args], check=True, capture_output=True)
-
-
-def make_certificate(folder, name, ca=None, days="2"):
-    """Write NAME.key and NAME.pem for localhost, signed by `ca` or by itself."""
-    folder.mkdir(exist_ok=True)
-    key, pem, csr = (str(folder / f"{name}.{end}") for end in ("key", "pem", "csr"))
-    names = folder / "names"
-    names.write_text("subjectAltName=DNS:localhost,IP:127.0.0.1")
-    new = (
-        "req",
-        "-newkey",
-        "rsa:2048",
-        "-nodes",
-        "-keyout",
-        key,
-        "-subj",
-        f"/CN={name}",
-    )
-    if ca is None:
-        openssl(*new, "-x509", "-days", days, "-out", pem)
-    else:
-        openssl(*new, "-out", csr)
-        openssl(
-            *("x509", "-req", "-in", csr, "-days", days, "-out", pem),
-            *("-CA", str(folder / f"{ca}.pem"), "-CAkey", str(folder / f"{ca}.key")),
-            *("-CAcreateserial", "-extfile", str(names)),
-        )
-    return pem, key
-
-
 @pytest.fixture(scope="module")
 def certificates(tmp_path_factory):
-    if shutil.which("openssl") is None:
-        pytest.skip("certificates are made with openssl")
-    folder = tmp_path_factory.mktemp("tls")
-    make_certificate(folder, "ca")
-    make_certificate(folder, "stranger")
-    for name in ("server", "client"):
-        make_certificate(folder, name, "ca")
-    return folder
+    return make_certificates(tmp_path_factory.mktemp("tls"))
 
 
 def secure(folder, **more):

@@ -36,8 +36,11 @@ IN_FLIGHT_BYTES = {"8.6": 10 << 10, "8.0": 20 << 10, "9.0": 30 << 10}
 of memory (bandwidth x latency / multiprocessors: about 5, 10 and 15 KB on A40, A100 and
 H100), twice."""
 
+IDLE_COMPILE_S = 10.0
+"""Expected of an idle machine; the report warns beyond."""
+
 COMPILE_S = 60.0
-"""Ten seconds are expected; a busy machine takes longer, a broken program much more."""
+"""A busy machine takes longer than an idle one, a broken program much longer."""
 
 
 def kernel_faults(
@@ -122,6 +125,16 @@ def program_faults(
         f"{program.command_buffers} command buffers instead of one",
     )
     return faults
+
+
+def compile_warnings(program: Any) -> list[str]:
+    """Return a line if a program compiled slower than on an idle machine."""
+    if program.compile_s <= IDLE_COMPILE_S:
+        return []
+    return [
+        f"{program.name} took {program.compile_s:.0f} s to compile, more than the "
+        f"{IDLE_COMPILE_S:.0f} s of an idle machine"
+    ]
 
 
 def traffic_faults(

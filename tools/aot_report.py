@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import aot_bars
 import aot_target
 
 MODELS = ("llama-7b", "llama-13b", "llama-3-8b", "smollm2-135m")
@@ -163,6 +164,9 @@ def print_report(done: Report) -> None:
             f"| {one.weight_copies} | {one.pool_copies} | {one.launches} "
             f"| {one.command_buffers} ({one.commands}) | {one.remat_ops} |"
         )
+    for one in done.programs:
+        for warning in aot_bars.compile_warnings(one):
+            print(f"\nwarning: {warning}")
     sampling = ", ".join(f"{k} {v:.1f} s" for k, v in done.sampling_compile_s.items())
     print(f"\nsampling, compile: {sampling}\n")
     print(

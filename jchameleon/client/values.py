@@ -222,7 +222,6 @@ class QueueStats:
     used_tokens: int
     waiting: int
     running: int
-    bypasses: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -239,11 +238,11 @@ class KvStats:
 class EngineStats:
     """The engine's loop."""
 
-    steps: int
     last_progress_age_seconds: float
     waiting: int
     running: int
     preemptions: int
+    bypasses: int
     programs: int
     compiles_after_warm_up: int
 
