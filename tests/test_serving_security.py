@@ -1,6 +1,7 @@
 """Tokens, TLS and mTLS over loopback, and files that are no good."""
 
 import contextlib
+import hmac
 import logging
 import os
 import shutil
@@ -8,13 +9,15 @@ import shutil
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2
+from grpc_reflection.v1alpha import reflection_pb2
 from server_harness import error_details, greedy, refusal, running_server
 from tls_files import make_certificate, make_certificates
 
 from jchameleon.errors import ConfigError
-from jchameleon.serving.proto.jchameleon.v1 import engine_pb2
+from jchameleon.serving.auth import Tokens
+from jchameleon.serving.proto.jchameleon.v1 import adapter_pb2, engine_pb2
 from jchameleon.serving.proto.jchameleon.v1 import inference_pb2 as pb
-from jchameleon.serving.settings import ServerConfig
+from jchameleon.serving.settings import SecurityConfig, ServerConfig
 
 Code = grpc.StatusCode
 USER, OTHER = "user-token-0123456789", "other-token-012345678"
@@ -52,6 +55,18 @@ def info(server, **call):
     )
 
 
+def reflect(server, **call):
+    """Return the services that reflection lists."""
+    ask = server.channel.stream_stream(
+        "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
+        request_serializer=lambda message: message.SerializeToString(),
+        response_deserializer=reflection_pb2.ServerReflectionResponse.FromString,
+    )
+    question = reflection_pb2.ServerReflectionRequest(list_services="*")
+    [reply] = ask(iter([question]), **call)
+    return [one.name for one in reply.list_services_response.service]
+
+
 @pytest.mark.parametrize("token", [USER, OTHER, ADMIN])
 def test_every_token_of_the_server_may_generate(server, token):
     assert server.generate(greedy(), metadata=bearer(token)).usage.output_tokens == 12
@@ -73,7 +88,7 @@ def test_every_token_of_the_server_may_generate(server, token):
         (("x-authorization", f"Bearer {USER}"),),
     ],
 )
-def test_other_callers_are_unauthenticated_everywhere(server, metadata):
+def test_row_35_other_callers_are_unauthenticated_everywhere(server, metadata):
     for action in (
         lambda: server.generate(greedy(), metadata=metadata),
         lambda: list(server.stream(greedy(), metadata=metadata)),
@@ -85,9 +100,39 @@ def test_other_callers_are_unauthenticated_everywhere(server, metadata):
         assert USER not in str(error)
 
 
-def test_user_tokens_do_not_administrate(server):
-    error = refusal(lambda: info(server, metadata=bearer(USER)))
+ADMIN_METHODS = [
+    (service.full_name, method.name)
+    for messages in (adapter_pb2, engine_pb2)
+    for service in messages.DESCRIPTOR.services_by_name.values()
+    for method in service.methods
+]
+
+
+@pytest.mark.parametrize(("service", "method"), ADMIN_METHODS)
+def test_row_35_user_tokens_do_not_administrate(server, service, method):
+    call = server.channel.unary_unary(f"/{service}/{method}")
+    error = refusal(lambda: call(b"", metadata=bearer(USER)))
     assert error.code() is Code.PERMISSION_DENIED
+    assert refusal(lambda: call(b"")).code() is Code.UNAUTHENTICATED
+
+
+def test_row_35_every_token_is_compared_in_constant_time(tokens, monkeypatch):
+    compared = []
+    compare = hmac.compare_digest
+
+    def watch(given, token):
+        compared.append(token)
+        return compare(given, token)
+
+    monkeypatch.setattr(hmac, "compare_digest", watch)
+    checked = Tokens.read(SecurityConfig(**tokens))
+    for given in (USER.encode(), ADMIN.encode(), b"wrong", b"", None):
+        compared.clear()
+        checked.refusal("jchameleon.v1.InferenceService", given)
+        assert sorted(compared) == sorted(t.encode() for t in (USER, OTHER, ADMIN))
+
+
+def test_admin_tokens_administrate(server):
     assert info(server, metadata=bearer(ADMIN)).model == "tiny"
 
 
@@ -98,13 +143,11 @@ def test_health_is_open_and_reflection_is_not(server):
         response_deserializer=health_pb2.HealthCheckResponse.FromString,
     )
     assert check(health_pb2.HealthCheckRequest()).status == 1
-    reflect = server.channel.stream_stream(
-        "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
-    )
-    assert refusal(lambda: list(reflect(iter([b""])))).code() is Code.UNAUTHENTICATED
+    assert refusal(lambda: reflect(server)).code() is Code.UNAUTHENTICATED
+    assert reflect(server, metadata=bearer(USER))
 
 
-def test_tokens_are_never_logged(server, caplog):
+def test_row_35_tokens_are_never_logged(server, caplog):
     with caplog.at_level(logging.DEBUG):
         server.generate(greedy(), metadata=bearer(USER))
         refusal(lambda: server.generate(greedy(), metadata=bearer("wrong-" + USER)))
@@ -116,6 +159,8 @@ def test_admin_tokens_alone_leave_generation_open(tokens):
     with running_server({"security": only}, loads=False) as server:
         assert refusal(lambda: server.generate(greedy())).code() is Code.UNAVAILABLE
         assert refusal(lambda: info(server)).code() is Code.UNAUTHENTICATED
+        assert refusal(lambda: reflect(server)).code() is Code.UNAUTHENTICATED
+        assert reflect(server, metadata=bearer(ADMIN))
 
 
 @pytest.mark.parametrize("content", ["", "\n \n", "short\n", "with space 0123456789\n"])
@@ -169,7 +214,7 @@ def generate(channel):
     return call(greedy(), timeout=20)
 
 
-def test_tls_serves_who_trusts_it_and_no_plain_text(certificates):
+def test_row_35_tls_serves_who_trusts_it_and_no_plain_text(certificates):
     with running_server(secure(certificates)) as server:
         with secure_channel(server, certificates) as channel:
             assert generate(channel).usage.output_tokens == 12
@@ -204,17 +249,38 @@ def test_renewed_certificates_are_used_and_bad_ones_are_not(certificates, tmp_pa
             assert generate(channel).usage.output_tokens == 12
 
 
-@pytest.mark.parametrize("how", ["missing", "no certificate", "another key", "bad ca"])
-def test_bad_tls_files_end_the_start(certificates, tmp_path, how):
+@pytest.mark.parametrize(
+    "how",
+    [
+        "missing",
+        "no certificate",
+        "another key",
+        "bad ca",
+        "expired",
+        "expired ca",
+    ],
+)
+def test_row_34_bad_or_expired_tls_files_end_the_start(certificates, tmp_path, how):
     table = secure(certificates)["security"]
     if how == "missing":
         table["tls_cert"] = str(tmp_path / "nothing.pem")
     elif how == "another key":
         table["tls_key"] = str(certificates / "client.key")
+    elif how.startswith("expired"):
+        folder = shutil.copytree(certificates, tmp_path / "old")
+        if how == "expired ca":
+            authority = {"days": "-1", "extensions": "basicConstraints=CA:TRUE"}
+            table["tls_client_ca"], _ = make_certificate(
+                folder, "old", "ca", **authority
+            )
+        else:
+            make_certificate(folder, "server", "ca", days="-1")
+            table = secure(folder)["security"]
     else:
         (tmp_path / "bad.pem").write_text("nothing")
         field = "tls_cert" if how == "no certificate" else "tls_client_ca"
         table[field] = str(tmp_path / "bad.pem")
-    with pytest.raises(ConfigError, match="security"):
+    with pytest.raises(ConfigError, match=r"^security[.:].*$") as caught:
         with running_server({"security": table}, loads=False):
             pass
+    assert ("has expired" in str(caught.value)) == how.startswith("expired")

@@ -10,12 +10,18 @@ def openssl(*args):
     subprocess.run(["openssl", *args], check=True, capture_output=True)
 
 
-def make_certificate(folder, name, ca=None, days="2"):
-    """Write NAME.key and NAME.pem for localhost, signed by `ca` or by itself."""
+LOCALHOST = "subjectAltName=DNS:localhost,IP:127.0.0.1"
+
+
+def make_certificate(folder, name, ca=None, days="2", extensions=LOCALHOST):
+    """Write NAME.key and NAME.pem for localhost, signed by `ca` or by itself.
+
+    One that is signed by `ca` may have expired: `days` below 0.
+    """
     folder.mkdir(exist_ok=True)
     key, pem, csr = (str(folder / f"{name}.{end}") for end in ("key", "pem", "csr"))
     names = folder / "names"
-    names.write_text("subjectAltName=DNS:localhost,IP:127.0.0.1")
+    names.write_text(extensions)
     new = (
         "req",
         "-newkey",
