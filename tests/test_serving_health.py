@@ -62,8 +62,15 @@ def test_watchers_hear_each_change_and_end_with_the_server(server):
         health.set_ready(ready=True)  # too late to count
 
     server.on_loop(refuse())
-    for call, states in calls:
-        assert list(states) == [NOT_SERVING]
+    assert next(calls[1][1]) == NOT_SERVING
+    assert check(server, "") == SERVING  # it drains, and is not to be killed for it
+
+    async def end():
+        health.end()
+
+    server.on_loop(end())
+    for (call, states), left in zip(calls, ([NOT_SERVING], []), strict=True):
+        assert list(states) == left
         assert call.code() is grpc.StatusCode.OK
 
 

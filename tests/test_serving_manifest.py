@@ -49,6 +49,22 @@ def test_row_32_manifest_brings_back_what_was_registered(root, tmp_path, expecte
         shutil.rmtree(root / "changing")
 
 
+def test_remembered_adapter_that_is_gone_stays_failed_beside_a_twin(root, tmp_path):
+    config = table(root, manifest=str(tmp_path / "adapters.json"))
+    shutil.copytree(root / "v5", root / "twin")
+    with running_server(config) as server:
+        register(server, "a", "twin")
+        register(server, "b", "v5")
+    shutil.rmtree(root / "twin")
+    with running_server(config) as server:
+        found = {one.adapter_id: one for one in listed(server)}
+        assert found["a"].state == pb.ADAPTER_STATE_FAILED and found["a"].reason
+        assert found["b"].state != pb.ADAPTER_STATE_FAILED
+        assert_code(
+            Code.FAILED_PRECONDITION, "ADAPTER_FAILED", lambda: tokens_of(server, "a")
+        )
+
+
 @pytest.mark.parametrize("damage", ["torn", "missing"])
 def test_row_32_last_good_manifest_is_used(root, tmp_path, expected, damage):
     path = tmp_path / "adapters.json"

@@ -18,6 +18,8 @@ class CatalogEntry:
       source_path: below the adapter root.
       registered_s, last_used_s: seconds since the epoch.
       failure: why it is not served, or None.
+      is_registered: the engine knows it; false for one that was remembered from before
+        and could not be registered again.
     """
 
     source_path: str
@@ -25,6 +27,7 @@ class CatalogEntry:
     registered_s: float
     last_used_s: float | None = None
     failure: str | None = None
+    is_registered: bool = True
     pinned: bool = False
 
 
@@ -70,7 +73,7 @@ class AdapterCatalog:
             )
         self.entries[info.name].pinned = info.pinned
         for other in self.entries.values():
-            if other.uid == info.uid:
+            if other.uid == info.uid and other.is_registered:
                 other.failure = None
 
     def note_lost(self, uid: str, reason: str) -> None:

@@ -105,16 +105,6 @@ def prompt_of(request: Any, chat_tokens: Any) -> Prompt:
     raise invalid("prompt", "prompt is empty; set text, token_ids or chat")
 
 
-def prompt_length_hint(request: pb.GenerateRequest) -> int:
-    """Return roughly how long the prompt is, in characters or tokens."""
-    kind = request.WhichOneof("prompt")
-    if kind == "text":
-        return len(request.text)
-    if kind == "token_ids":
-        return len(request.token_ids.ids)
-    return sum(len(message.content) for message in request.chat.messages)
-
-
 class Replies:
     """Makes the replies of one call from deltas: pieces, or all at once."""
 

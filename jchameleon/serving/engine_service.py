@@ -1,6 +1,7 @@
 """EngineService: what the engine is and does, and ending requests from outside."""
 
 import asyncio
+import concurrent.futures
 import math
 from collections.abc import Callable
 
@@ -39,6 +40,12 @@ class EngineService:
         self._llm = llm
         self._outbox = outbox
         self._compiles = compiles
+        self._asker = concurrent.futures.ThreadPoolExecutor(1, "jchameleon-stats")
+        self._asking: asyncio.Future[tuple[EngineStats, int]] | None = None
+
+    def close(self) -> None:
+        """Ask nothing more."""
+        self._asker.shutdown(wait=False, cancel_futures=True)
 
     async def get_server_info(
         self, request: pb.GetServerInfoRequest, context: grpc.aio.ServicerContext
@@ -76,7 +83,12 @@ class EngineService:
           StatusError: UNAVAILABLE, the engine does not answer now.
         """
         llm = self._llm()
-        asking = asyncio.ensure_future(asyncio.to_thread(_ask, llm))
+        # One question at a time, shared by all callers: those that wait for an engine
+        # that hangs must not pile up.
+        asking = self._asking
+        if asking is None or asking.done():
+            loop = asyncio.get_running_loop()
+            asking = self._asking = loop.run_in_executor(self._asker, _ask, llm)
         done, _ = await asyncio.wait([asking], timeout=ANSWER_S)
         if not done:
             raise StatusError(

@@ -26,6 +26,7 @@ class Health:
         self._serving = {LIVE: True, **dict.fromkeys(ready_services, False)}
         self._changed = asyncio.Event()
         self._has_ended = False
+        self._is_refusing = False
 
     def is_serving(self, service: str) -> bool:
         """Return what a check of a known service says."""
@@ -33,7 +34,13 @@ class Health:
 
     def set_ready(self, *, ready: bool) -> None:
         """Say whether requests are taken; being live is another matter."""
-        self._set(ready, [name for name in self._serving if name != LIVE])
+        if not self._is_refusing:
+            self._set(ready, [name for name in self._serving if name != LIVE])
+
+    def refuse(self) -> None:
+        """Say that no requests are taken any more; the process lives on for a while."""
+        self.set_ready(ready=False)
+        self._is_refusing = True
 
     def end(self) -> None:
         """Say NOT_SERVING everywhere, once and for all; watchers hear it and end."""

@@ -17,7 +17,6 @@ from jchameleon.serving.convert import (
     Replies,
     check_deadline,
     deadline_exceeded,
-    prompt_length_hint,
     prompt_of,
     sampling_params,
 )
@@ -31,9 +30,9 @@ from jchameleon.serving.status import (
 )
 from jchameleon.serving.streams import LoopOutbox, Stream
 
-SHORT_PROMPT = 1024
-"""Characters, or token ids, that are tokenised and checked at once: a turn of another
-thread takes longer."""
+SHORT_REQUEST_BYTES = 2048
+"""Requests up to this are tokenised and checked at once: a turn of another thread takes
+longer. The whole message counts: many empty turns of a chat take long too."""
 
 REQUEST_ID = re.compile(r"[!-~]{1,128}")
 
@@ -167,7 +166,7 @@ class InferenceService:
                 outbox=self._outbox,
             )
 
-        if prompt_length_hint(request) <= SHORT_PROMPT:
+        if request.ByteSize() <= SHORT_REQUEST_BYTES:
             return prepare()
         preparing = asyncio.ensure_future(asyncio.to_thread(prepare))
         try:
@@ -204,6 +203,7 @@ async def _submitted(
         stream = outbox.open(names)
         for submission in submissions:
             llm.engine.submit(submission)
+            stream.submitted(submission.request_id)
         yield stream
     finally:
         if stream is not None:

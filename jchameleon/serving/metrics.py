@@ -181,7 +181,8 @@ class RequestMeter:
         log_event(
             logger,
             "request_end",
-            request_id=self._request_id[:128] or None,
+            # One that was refused may be anything, line breaks too.
+            request_id=ascii(self._request_id[:128])[1:-1] or None,
             adapter_id=self._adapter_id or None,
             code=code.name,
             reason=reason or None,

@@ -100,7 +100,9 @@ class _Process:
             yield None
             return
         metrics.registry.register(EngineCollector(server))
-        endpoint = MetricsEndpoint(listen.host, listen.metrics_port, metrics.registry)
+        endpoint = MetricsEndpoint(
+            listen.metrics_host, listen.metrics_port, metrics.registry
+        )
         try:
             yield endpoint.port
         finally:

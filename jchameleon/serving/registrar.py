@@ -120,6 +120,7 @@ class AdapterRegistrar:
                     uid=entry.uid,
                     registered_s=time.time(),
                     failure=str(error),
+                    is_registered=False,
                     pinned=entry.pinned,
                 )
 

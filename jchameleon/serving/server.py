@@ -80,6 +80,9 @@ class Server:
         )
         self.outbox = LoopOutbox(asyncio.get_running_loop())
         self.adapters = AdapterRegistrar(adapters, root, self.catalog)
+        self._engine_service = EngineService(
+            config, self.state.open_llm, self.outbox, self.compiles
+        )
         self._server: grpc.aio.Server | None = None
         self._port = 0
 
@@ -101,7 +104,8 @@ class Server:
             maximum_concurrent_rpcs=listen.max_concurrent_rpcs,
         )
         self._add_services(server)
-        address = f"{listen.host}:{listen.port}"
+        host = f"[{listen.host}]" if ":" in listen.host else listen.host
+        address = f"{host}:{listen.port}"
         try:
             if self._credentials is None:
                 self._port = server.add_insecure_port(address)
@@ -134,7 +138,7 @@ class Server:
         """Take no new requests any more; what runs goes on."""
         if self.state.phase != "dead":
             self.state.phase = phase
-        self.health.end()
+        self.health.refuse()
 
     async def stop(self, grace_s: float | None = None) -> None:
         """Refuse new calls, give those that run `grace_s`, then end everything.
@@ -154,6 +158,7 @@ class Server:
           error: ends all requests with this status first.
         """
         self.refuse()
+        self.health.end()
         if error is not None:
             self.outbox.fail_all(error)
         if self._server is not None:
@@ -163,6 +168,7 @@ class Server:
         """Stop the engine, where there is one; it is waited for."""
         self.compiles.close()
         self.adapters.close()
+        self._engine_service.close()
         if self.state.llm is not None:
             await asyncio.to_thread(self.state.llm.close)
 
@@ -199,9 +205,6 @@ class Server:
             self.state.open_llm,
             dynamic=self.config.adapters.dynamic,
         )
-        engine = EngineService(
-            self.config, self.state.open_llm, self.outbox, self.compiles
-        )
         handlers = {
             "Generate": unary(inference_pb2.GenerateRequest, inference.generate),
             "GenerateStream": streaming(
@@ -215,7 +218,7 @@ class Server:
             (
                 grpc.method_handlers_generic_handler(INFERENCE_SERVICE, handlers),
                 _unary_service(ADAPTER_SERVICE, adapter_pb2, adapters),
-                _unary_service(ENGINE_SERVICE, engine_pb2, engine),
+                _unary_service(ENGINE_SERVICE, engine_pb2, self._engine_service),
                 self.health.handler(stall_timeout_s=self.config.server.stall_timeout_s),
             )
         )

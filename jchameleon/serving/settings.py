@@ -21,7 +21,9 @@ class ListenConfig:
     Attributes:
       host: address to bind; anything but loopback needs TLS, or `allow_insecure`.
       port: 0 takes a free one.
-      metrics_port: of Prometheus' HTTP endpoint, on the same host; 0 takes a free one,
+      metrics_host: address of Prometheus' HTTP endpoint, which is plain and open to
+        whoever reaches it.
+      metrics_port: its port; 0 takes a free one,
         None has no endpoint.
       allow_insecure: bind other addresses than loopback without TLS.
       max_message_bytes, max_reply_bytes: larger messages are refused.
@@ -37,6 +39,7 @@ class ListenConfig:
 
     host: str = "127.0.0.1"
     port: int = DEFAULT_PORT
+    metrics_host: str = "127.0.0.1"
     metrics_port: int | None = DEFAULT_METRICS_PORT
     allow_insecure: bool = False
     max_message_bytes: int = 4 << 20
@@ -49,8 +52,9 @@ class ListenConfig:
     log_format: LogFormat = "json"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.host, str) or not self.host:
-            raise ConfigError(f"server.host={self.host!r} must be an address")
+        for field in ("host", "metrics_host"):
+            if not isinstance(value := getattr(self, field), str) or not value:
+                raise ConfigError(f"server.{field}={value!r} must be an address")
         for field in ("port", "metrics_port"):
             value = getattr(self, field)
             if value is None and field == "metrics_port":

@@ -135,7 +135,11 @@ def status_of(error: Exception) -> StatusError | None:
         return error
     for kind, code, reason in _CODES:
         if isinstance(error, kind):
-            message, field = _in_terms_of_the_request(str(error))
+            text = str(error)
+            if kind is UnknownAdapterError:
+                # Which others there are is not for every caller to know.
+                text = text.partition("; registered are")[0]
+            message, field = _in_terms_of_the_request(text)
             if code is not grpc.StatusCode.INVALID_ARGUMENT:
                 field = None
             retry = 1.0 if kind in _RETRIED else None

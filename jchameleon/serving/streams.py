@@ -26,6 +26,7 @@ class Stream:
         self._outbox = outbox
         self._places = {name: place for place, name in enumerate(request_ids)}
         self.unfinished = set(request_ids)
+        self._submitted: set[str] = set()
         self._waiting: dict[str, Delta] = {}
         self._reader: asyncio.Future[None] | None = None
         self._failure: StatusError | None = None
@@ -34,6 +35,10 @@ class Stream:
     def request_ids(self) -> list[str]:
         """The engine's ids of its requests, in order."""
         return list(self._places)
+
+    def submitted(self, request_id: str) -> None:
+        """Note that the engine has a request, and will answer it."""
+        self._submitted.add(request_id)
 
     def put(self, request_id: str, delta: Delta) -> None:
         """Add a delta and wake the reader."""
@@ -73,8 +78,12 @@ class Stream:
         return [(self._places[name], delta) for name, delta in waiting.items()]
 
     def close(self) -> None:
-        """Let later deltas be dropped."""
-        self._outbox.drop(self._places)
+        """Let later deltas be dropped.
+
+        The ids of what the engine has not answered stay taken until it has: its last
+        words must not reach the next call of that id.
+        """
+        self._outbox.drop(self._places, self.unfinished & self._submitted)
 
 
 class LoopOutbox(Outbox):
@@ -86,6 +95,7 @@ class LoopOutbox(Outbox):
         self._arrived: collections.deque[tuple[str, Delta]] = collections.deque()
         self._is_coming = False
         self._streams: dict[str, Stream] = {}
+        self._leaving: set[str] = set()
 
     def open(self, request_ids: tuple[str, ...]) -> Stream:
         """Return where the deltas of these requests come out (event loop)."""
@@ -114,13 +124,14 @@ class LoopOutbox(Outbox):
         return [] if stream is None else stream.request_ids
 
     def is_open(self, request_id: str) -> bool:
-        """Return whether a request of this id has a reader (event loop)."""
-        return request_id in self._streams
+        """Return whether an id is taken (event loop)."""
+        return request_id in self._streams or request_id in self._leaving
 
-    def drop(self, request_ids: dict[str, int]) -> None:
+    def drop(self, request_ids: dict[str, int], unanswered: set[str]) -> None:
         """Forget the reader of these requests (event loop)."""
         for name in request_ids:
             self._streams.pop(name, None)
+        self._leaving |= unanswered
 
     def put(self, request_id: str, delta: Delta) -> None:
         """Add a delta (engine thread)."""
@@ -141,3 +152,5 @@ class LoopOutbox(Outbox):
             stream = self._streams.get(request_id)
             if stream is not None:
                 stream.put(request_id, delta)
+            elif delta.finish_reason is not None:
+                self._leaving.discard(request_id)

@@ -10,6 +10,7 @@ import contextlib
 import faulthandler
 import logging
 import tempfile
+import threading
 from collections.abc import Callable
 from typing import Literal, Protocol
 
@@ -65,9 +66,10 @@ class Watchdog:
             found = self._look()
             if found != self.condition:
                 self.condition = found
-                if found == "stuck":
-                    await asyncio.to_thread(log_threads)
+                # First: threads of a pool may all wait for the engine.
                 self._on_change(found)
+                if found == "stuck":
+                    threading.Thread(target=log_threads, daemon=True).start()
             await asyncio.sleep(every_s)
 
     def _look(self) -> Condition:
