@@ -9,8 +9,9 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from server_harness import greedy, refusal, running_server
 
-from jchameleon.errors import ConfigError
+from jchameleon.errors import ConfigError, EngineDeadError
 from jchameleon.serving.engine_metrics import EngineCollector, MetricsEndpoint
+from jchameleon.serving.engine_reader import EngineReader
 from jchameleon.serving.metrics import MAX_ADAPTER_LABELS, AdapterLabels, Metrics
 from jchameleon.serving.proto.jchameleon.v1 import inference_pb2 as pb
 
@@ -183,3 +184,21 @@ def test_dead_engine_leaves_the_last_values_and_unavailable():
         assert error.code() is grpc.StatusCode.UNAVAILABLE
         assert scraped.values()[P + "programs",] == programs
         scraped.endpoint.close()
+
+
+def test_many_callers_share_one_reading_of_an_engine_that_hangs():
+    goes_on = threading.Event()
+
+    def llm():
+        goes_on.wait(30)
+        return None
+
+    reader = EngineReader(llm)
+    readings = {id(reader.read()) for _ in range(100)}
+    assert len(readings) == 1
+    waiting = [t for t in threading.enumerate() if t.name == "engine-reader"]
+    assert len(waiting) == 1 and waiting[0].daemon
+    assert reader.latest(timeout_s=0.01) is None
+    goes_on.set()
+    with pytest.raises(EngineDeadError, match="not there yet"):
+        reader.read().result(30)

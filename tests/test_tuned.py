@@ -230,27 +230,35 @@ def ladder(run, launches, name, table, explicit):
     return out
 
 
+def attend_and_check(step, **options):
+    """Run interpreted attention over a step and compare it with the reference."""
+    out = paged_attention_gpu(
+        jnp.asarray(step.q),
+        jnp.asarray(step.after),
+        jnp.asarray(step.table),
+        jnp.asarray(step.positions),
+        jnp.asarray(step.context),
+        kv_heads=2,
+        block_tokens=16,
+        interpret=True,
+        **options,
+    )
+    check_attention(out, step)
+
+
 def test_decode_attention_takes_given_then_tuned_then_chosen(table, launches):
     step = make_step(
         SMALL, [Part(40, 1), Part(99, 1)], num_tokens=10, tile=1, max_context=160
     )
 
-    def run(**options):
-        out = paged_attention_gpu(
-            jnp.asarray(step.q),
-            jnp.asarray(step.after),
-            jnp.asarray(step.table),
-            jnp.asarray(step.positions),
-            jnp.asarray(step.context),
-            kv_heads=2,
-            block_tokens=16,
-            interpret=True,
-            **options,
-        )
-        check_attention(out, step)
-
     explicit = DecodeConfig(bn=16, splits=2, num_warps=1, num_stages=2)
-    rungs = ladder(run, launches, "paged_attention_decode", table, explicit)
+    rungs = ladder(
+        functools.partial(attend_and_check, step),
+        launches,
+        "paged_attention_decode",
+        table,
+        explicit,
+    )
     chosen = decode_config(10, 2, 16, 160, arch=None)
     wanted = [explicit, CONFIGS["attention_decode"], chosen]
     for (launch, _), config in zip(rungs, wanted, strict=True):
@@ -264,22 +272,14 @@ def test_prefill_attention_takes_given_then_tuned_then_chosen(table, launches):
         SMALL, [Part(20, 32), Part(0, 20)], num_tokens=96, tile=32, max_context=64
     )
 
-    def run(**options):
-        out = paged_attention_gpu(
-            jnp.asarray(step.q),
-            jnp.asarray(step.after),
-            jnp.asarray(step.table),
-            jnp.asarray(step.positions),
-            jnp.asarray(step.context),
-            kv_heads=2,
-            block_tokens=16,
-            interpret=True,
-            **options,
-        )
-        check_attention(out, step)
-
     explicit = PrefillConfig(bm=32, bn=32, num_warps=1, num_stages=2)
-    rungs = ladder(run, launches, "paged_attention_prefill", table, explicit)
+    rungs = ladder(
+        functools.partial(attend_and_check, step),
+        launches,
+        "paged_attention_prefill",
+        table,
+        explicit,
+    )
     sizes = [(launch["bm"], launch["bn"], launch["num_warps"]) for launch, _ in rungs]
     assert sizes == [(32, 32, 1), (64, 16, 2), (32, 16, 4)]
 

@@ -47,7 +47,7 @@ def make_certificate(folder, name, ca=None, days="2", extensions=LOCALHOST):
 def make_certificates(folder):
     """Write an authority, a stranger, and the authority's server and client."""
     if shutil.which("openssl") is None:
-        pytest.skip("certificates are made with openssl")
+        pytest.skip("no openssl command here to make certificates with")
     make_certificate(folder, "ca")
     make_certificate(folder, "stranger")
     for name in ("server", "client"):

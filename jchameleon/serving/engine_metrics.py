@@ -1,14 +1,11 @@
 """The engine's totals as metrics, read when somebody asks, and the HTTP endpoint.
 
-Reading asks the engine's thread, which answers between two iterations. When it does not
-answer in time, the values of the last time are given out, with their age.
+When the engine does not answer in time, the values of the last time are given out, with
+their age.
 """
 
-import contextlib
-import dataclasses
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import prometheus_client as prom
 from prometheus_client.core import (
@@ -18,60 +15,10 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector
 
-from jchameleon.errors import ConfigError, EngineDeadError
-from jchameleon.llm import LLM
+from jchameleon.errors import ConfigError
 from jchameleon.outputs import AdapterInfo, EngineStats
 from jchameleon.serving.metrics import MAX_ADAPTER_LABELS, PREFIX
 from jchameleon.serving.server import INFERENCE_SERVICE, Server
-
-READ_TIMEOUT_S = 1.0
-"""A scraper gives up after some seconds; the rest of the metrics must reach it."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Snapshot:
-    """An engine's totals and adapters at one moment of the monotonic clock."""
-
-    stats: EngineStats
-    adapters: tuple[AdapterInfo, ...]
-    taken_s: float
-
-
-class EngineReader:
-    """Takes snapshots without ever waiting long for them; any thread."""
-
-    def __init__(self, llm: Callable[[], LLM | None]) -> None:
-        """`llm` returns the model once it is loaded."""
-        self._llm = llm
-        self._lock = threading.Lock()
-        self._reading: threading.Thread | None = None
-        self._latest: Snapshot | None = None
-
-    def latest(self, timeout_s: float = READ_TIMEOUT_S) -> Snapshot | None:
-        """Return a new snapshot, or the last one where that takes too long."""
-        with self._lock:
-            if self._reading is None or not self._reading.is_alive():
-                # A daemon: it may wait for a hanging engine for ever. One, however
-                # often somebody asks.
-                self._reading = threading.Thread(
-                    target=self._read, name="engine-reader", daemon=True
-                )
-                self._reading.start()
-            reading = self._reading
-        reading.join(timeout_s)
-        return self._latest
-
-    def _read(self) -> None:
-        llm = self._llm()
-        if llm is None:
-            return
-        with contextlib.suppress(EngineDeadError):  # the last values are what is left
-            self._latest = Snapshot(
-                stats=llm.stats(),
-                adapters=tuple(llm.list_adapters()),
-                taken_s=time.monotonic(),
-            )
-
 
 # Metric -> field of EngineStats, and what it is.
 _COUNTERS = {
@@ -110,7 +57,6 @@ class EngineCollector(Collector):
 
     def __init__(self, server: Server) -> None:
         self._server = server
-        self._reader = EngineReader(lambda: server.state.llm)
 
     def collect(self) -> Iterator[Metric]:
         """Yield what is known; nothing of an engine that is not there yet."""
@@ -118,7 +64,7 @@ class EngineCollector(Collector):
         yield _gauge("ready", "1 where requests are taken", ready)
         compiles = self._server.compiles.after_warm_up
         yield _counter("compiles_after_warm_up", "Programs compiled too late", compiles)
-        snapshot = self._reader.latest()
+        snapshot = self._server.reader.latest()
         if snapshot is None:
             return
         age_s = time.monotonic() - snapshot.taken_s

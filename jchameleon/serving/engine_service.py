@@ -1,7 +1,6 @@
 """EngineService: what the engine is and does, and ending requests from outside."""
 
 import asyncio
-import concurrent.futures
 import math
 from collections.abc import Callable
 
@@ -12,6 +11,7 @@ from jchameleon import __version__
 from jchameleon.llm import LLM
 from jchameleon.outputs import EngineStats
 from jchameleon.serving.compiles import CompileCounter
+from jchameleon.serving.engine_reader import EngineReader
 from jchameleon.serving.proto.jchameleon.v1 import engine_pb2 as pb
 from jchameleon.serving.settings import ServerConfig
 from jchameleon.serving.status import StatusError
@@ -30,6 +30,7 @@ class EngineService:
         llm: Callable[[], LLM],
         outbox: LoopOutbox,
         compiles: CompileCounter,
+        reader: EngineReader,
     ) -> None:
         """Create the service.
 
@@ -40,12 +41,7 @@ class EngineService:
         self._llm = llm
         self._outbox = outbox
         self._compiles = compiles
-        self._asker = concurrent.futures.ThreadPoolExecutor(1, "jchameleon-stats")
-        self._asking: asyncio.Future[tuple[EngineStats, int]] | None = None
-
-    def close(self) -> None:
-        """Ask nothing more."""
-        self._asker.shutdown(wait=False, cancel_futures=True)
+        self._reader = reader
 
     async def get_server_info(
         self, request: pb.GetServerInfoRequest, context: grpc.aio.ServicerContext
@@ -83,13 +79,8 @@ class EngineService:
           StatusError: UNAVAILABLE, the engine does not answer now.
         """
         llm = self._llm()
-        # One question at a time, shared by all callers: those that wait for an engine
-        # that hangs must not pile up.
-        asking = self._asking
-        if asking is None or asking.done():
-            loop = asyncio.get_running_loop()
-            asking = self._asking = loop.run_in_executor(self._asker, _ask, llm)
-        done, _ = await asyncio.wait([asking], timeout=ANSWER_S)
+        reading = asyncio.wrap_future(self._reader.read())
+        done, _ = await asyncio.wait([reading], timeout=ANSWER_S)
         if not done:
             raise StatusError(
                 grpc.StatusCode.UNAVAILABLE,
@@ -97,9 +88,11 @@ class EngineService:
                 f"the engine has not answered for {ANSWER_S:g} s",
                 retry_after_s=ANSWER_S,
             )
-        stats, pinned_bytes = asking.result()
+        snapshot = reading.result()
+        stats = snapshot.stats
+        pinned = {one.uid: one.size_bytes for one in snapshot.adapters if one.pinned}
         return pb.GetStatsResponse(
-            cache=_cache(stats, pinned_bytes),
+            cache=_cache(stats, sum(pinned.values())),
             queues=_queues(stats),
             kv=pb.KvStats(
                 used_bytes=stats.kv_pages * stats.page_bytes,
@@ -127,11 +120,6 @@ class EngineService:
             for name in self._outbox.requests_of(request_id):
                 llm.engine.cancel(name)
         return pb.AbortRequestsResponse()
-
-
-def _ask(llm: LLM) -> tuple[EngineStats, int]:
-    pinned = {i.uid: i.size_bytes for i in llm.list_adapters() if i.pinned}
-    return llm.stats(), sum(pinned.values())
 
 
 def _cache(stats: EngineStats, pinned_bytes: int) -> pb.CacheStats:

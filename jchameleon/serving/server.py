@@ -18,6 +18,7 @@ from jchameleon.serving.admission import Admission
 from jchameleon.serving.auth import TokenInterceptor, Tokens
 from jchameleon.serving.catalog import AdapterCatalog
 from jchameleon.serving.compiles import CompileCounter
+from jchameleon.serving.engine_reader import EngineReader
 from jchameleon.serving.engine_service import EngineService
 from jchameleon.serving.guard import streaming, unary
 from jchameleon.serving.health import HEALTH_SERVICE, Health
@@ -51,6 +52,7 @@ class Server:
     Attributes:
       health: live from `bind` on, ready once loaded.
       compiles: what jax has compiled, in the whole process.
+      reader: of the engine's totals.
     """
 
     def __init__(
@@ -80,9 +82,7 @@ class Server:
         )
         self.outbox = LoopOutbox(asyncio.get_running_loop())
         self.adapters = AdapterRegistrar(adapters, root, self.catalog)
-        self._engine_service = EngineService(
-            config, self.state.open_llm, self.outbox, self.compiles
-        )
+        self.reader = EngineReader(lambda: self.state.llm)
         self._server: grpc.aio.Server | None = None
         self._port = 0
 
@@ -168,7 +168,6 @@ class Server:
         """Stop the engine, where there is one; it is waited for."""
         self.compiles.close()
         self.adapters.close()
-        self._engine_service.close()
         if self.state.llm is not None:
             await asyncio.to_thread(self.state.llm.close)
 
@@ -205,6 +204,9 @@ class Server:
             self.state.open_llm,
             dynamic=self.config.adapters.dynamic,
         )
+        engine = EngineService(
+            self.config, self.state.open_llm, self.outbox, self.compiles, self.reader
+        )
         handlers = {
             "Generate": unary(inference_pb2.GenerateRequest, inference.generate),
             "GenerateStream": streaming(
@@ -218,7 +220,7 @@ class Server:
             (
                 grpc.method_handlers_generic_handler(INFERENCE_SERVICE, handlers),
                 _unary_service(ADAPTER_SERVICE, adapter_pb2, adapters),
-                _unary_service(ENGINE_SERVICE, engine_pb2, self._engine_service),
+                _unary_service(ENGINE_SERVICE, engine_pb2, engine),
                 self.health.handler(stall_timeout_s=self.config.server.stall_timeout_s),
             )
         )
