@@ -6,9 +6,12 @@ import time
 
 import grpc
 import pytest
+from adapter_versions import write_version
 from grpc_health.v1 import health_pb2
 from serve_process import Load, serving, wait_until
 from server_harness import error_details, greedy, joined_ids
+
+from jchameleon.serving.proto.jchameleon.v1.adapter_pb2 import RegisterAdapterRequest
 
 ADMITTED = 'jchameleon_requests_admitted_total{adapter="_base"}'
 INFERENCE = "jchameleon.v1.InferenceService"
@@ -106,6 +109,28 @@ def test_sigterm_under_load_loses_nothing_and_ends_with_0(server):
     assert server.events("drained")[0]["left"] == 0
 
 
+def dumps(server):
+    messages = [event["message"] for event in server.events("log")]
+    return [message for message in messages if "threads" in message]
+
+
+def test_registration_from_a_disk_that_hangs_does_not_hold_up_the_end(tmp_path):
+    write_version(tmp_path / "hangs", 0)
+    table = {"adapters": {"root": str(tmp_path), "dynamic": True}}
+    with serving(tmp_path, table, faulty=True) as server:
+        with grpc.insecure_channel(server.target) as channel:
+            register = channel.unary_unary(
+                "/jchameleon.v1.AdapterService/RegisterAdapter"
+            )
+            request = RegisterAdapterRequest(adapter_id="a", source_path="hangs")
+            pending = register.future(request.SerializeToString())
+            [output] = server.generate(greedy("beside it", 5)).outputs
+            assert len(output.token_ids) == 5 and not pending.done()
+            server.signal(signal.SIGTERM)
+            assert server.end() == 0
+            assert pending.code() is grpc.StatusCode.UNAVAILABLE
+
+
 def test_engine_that_hangs_is_reported_recovers_and_its_death_ends_all(tmp_path):
     table = {"server": {"step_timeout_s": 2.0}}
     with serving(tmp_path, table, faulty=True) as server:
@@ -115,9 +140,8 @@ def test_engine_that_hangs_is_reported_recovers_and_its_death_ends_all(tmp_path)
         server.wait_for("engine_stuck")
         assert ask_health(server.target) == NOT_SERVING
         assert ask_health(server.target, "") == SERVING
-        [dump] = [
-            e["message"] for e in server.events("log") if "threads" in e["message"]
-        ]
+        wait_until(lambda: dumps(server))
+        [dump] = dumps(server)
         assert "faulty_iterate" in dump  # where it hangs
         # What the engine said last is still there.
         assert server.metrics()["jchameleon_ready"] == 0

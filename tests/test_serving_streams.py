@@ -1,11 +1,14 @@
 """Deltas on their way to readers: each reaches the call that it is of, or nobody."""
 
 import asyncio
+import threading
 
 import grpc
+from serve_process import wait_until
 from server_harness import check_baseline, greedy, joined_ids, refusal, running_server
 
 from jchameleon.runtime.outbox import Delta
+from jchameleon.serving.inference import TOKENISING_THREADS
 from jchameleon.serving.proto.jchameleon.v1 import engine_pb2
 from jchameleon.serving.proto.jchameleon.v1 import inference_pb2 as pb
 from jchameleon.serving.streams import LoopOutbox
@@ -84,3 +87,31 @@ def test_ipv6_loopback_serves():
             assert "starting" in error.details()
     finally:
         running.__exit__(None, None, None)
+
+
+def test_long_prompts_of_callers_that_leave_are_not_tokenised():
+    """Their jobs must not pile up in front of other people's."""
+    with running_server({}) as server:
+        server.generate(greedy())
+        inference = server.server._inference
+        busy = threading.Event()
+        for _ in range(TOKENISING_THREADS):
+            inference._threads.submit(busy.wait, 30)
+        text = greedy("a" * 400 + " " * 3000).SerializeToString()
+        generate = server.channel.unary_unary(
+            "/jchameleon.v1.InferenceService/Generate"
+        )
+        tokenize = server.channel.unary_unary(
+            "/jchameleon.v1.InferenceService/Tokenize"
+        )
+        request = pb.TokenizeRequest(text="b" * 3000).SerializeToString()
+        calls = [generate.future(text) for _ in range(4)]
+        calls += [tokenize.future(request) for _ in range(4)]
+        waiting = inference._threads._work_queue.qsize
+        wait_until(lambda: waiting() == 8)
+        for call in calls:
+            call.cancel()
+        check_baseline(server)
+        busy.set()
+        reply = pb.TokenizeResponse.FromString(tokenize(request, timeout=30))
+        assert len(reply.token_ids) >= 3000

@@ -3,7 +3,7 @@
 import argparse
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from jchameleon.models.loader import load_model_card
 from jchameleon.runtime.policy.presets import build_policies, load_policy
@@ -74,8 +74,8 @@ def _add(parser: argparse.ArgumentParser, field: str, flag: str, **how: Any) -> 
     parser.add_argument(flag, dest=field, default=argparse.SUPPRESS, **how)
 
 
-def run(args: argparse.Namespace) -> int:
-    """Serve until a signal; return the exit code."""
+def run(args: argparse.Namespace) -> NoReturn:
+    """Serve until a signal, and end the process."""
     # gRPC's own lines on standard error would stand beside ours.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     from jchameleon.serving.settings import ServerConfig
@@ -86,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
     load_model_card(config.model)
     from jchameleon.serving.process import run_server
 
-    return run_server(config)
+    run_server(config)
 
 
 def _overrides(args: argparse.Namespace) -> dict[str, Any]:

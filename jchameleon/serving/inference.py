@@ -1,10 +1,12 @@
 """InferenceService: Generate, GenerateStream, Tokenize."""
 
 import asyncio
+import concurrent.futures
 import contextlib
 import re
 import secrets
 from collections.abc import AsyncIterator, Callable
+from typing import TypeVar
 
 import grpc
 
@@ -34,6 +36,11 @@ SHORT_REQUEST_BYTES = 2048
 """Requests up to this are tokenised and checked at once: a turn of another thread takes
 longer. The whole message counts: many empty turns of a chat take long too."""
 
+TOKENISING_THREADS = 2
+"""Tokenising holds the interpreter for a good part: more would not be faster."""
+
+T = TypeVar("T")
+
 REQUEST_ID = re.compile(r"[!-~]{1,128}")
 
 
@@ -58,6 +65,13 @@ class InferenceService:
         self._admission = admission
         self._observer = observer
         self._catalog = catalog
+        self._threads = concurrent.futures.ThreadPoolExecutor(
+            TOKENISING_THREADS, thread_name_prefix="jchameleon-tokenise"
+        )
+
+    def close(self) -> None:
+        """Tokenise nothing more."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
 
     async def generate(
         self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext
@@ -96,9 +110,9 @@ class InferenceService:
                 raise no_tokenizer(llm)
             return llm.tokenizer.encode(prompt)
 
-        return pb.TokenizeResponse(
-            token_ids=await asyncio.to_thread(encode), max_model_len=llm.max_model_len
-        )
+        with self._admission.enter():
+            token_ids = await self._on_thread(encode, lambda _: None)
+        return pb.TokenizeResponse(token_ids=token_ids, max_model_len=llm.max_model_len)
 
     @contextlib.asynccontextmanager
     async def _running(
@@ -168,19 +182,32 @@ class InferenceService:
 
         if request.ByteSize() <= SHORT_REQUEST_BYTES:
             return prepare()
-        preparing = asyncio.ensure_future(asyncio.to_thread(prepare))
+        return await self._on_thread(prepare, _abandon)
+
+    async def _on_thread(self, job: Callable[[], T], forget: Callable[[T], None]) -> T:
+        """Run a long job beside the loop.
+
+        A job of a caller that leaves is dropped while it waits for a thread, else
+        `forget` gets its result: nobody's jobs pile up in front of other people's.
+        """
+
+        def end(done: "concurrent.futures.Future[T]") -> None:
+            if done.exception() is None:
+                forget(done.result())
+
+        running = self._threads.submit(job)
         try:
-            return await asyncio.shield(preparing)
+            return await asyncio.shield(asyncio.wrap_future(running))
         except asyncio.CancelledError:
-            preparing.add_done_callback(_abandon)
+            if not running.cancel():
+                running.add_done_callback(end)
             raise
 
 
-def _abandon(preparing: "asyncio.Future[CallRequest]") -> None:
+def _abandon(call: CallRequest) -> None:
     """Give up the claims of a request whose caller went away while it was checked."""
-    if not preparing.cancelled() and preparing.exception() is None:
-        for submission in preparing.result().submissions:
-            submission.abandon()
+    for submission in call.submissions:
+        submission.abandon()
 
 
 @contextlib.asynccontextmanager

@@ -35,10 +35,10 @@ CLOSE_ENGINE_S = 10.0
 """An engine that takes longer to stop hangs."""
 
 
-def run_server(config: ServerConfig) -> int:
-    """Serve until a signal or a fault; return the process's exit code.
+def run_server(config: ServerConfig) -> NoReturn:
+    """Serve until a signal or a fault, and end the process with its exit code.
 
-    Takes over the process: its signals, its logs, and its end where a thread hangs.
+    Takes over the process: its signals, its logs and its end.
 
     Raises:
       JChameleonError: nothing was served, and why.
@@ -46,7 +46,7 @@ def run_server(config: ServerConfig) -> int:
     prom.disable_created_metrics()  # as many series again, which nobody reads
     logs = start_logs(config.server.log_format, sys.stderr)
     try:
-        return asyncio.run(_Process(config, logs).run())
+        asyncio.run(_Process(config, logs).run())
     finally:
         logs.close()
 
@@ -61,8 +61,8 @@ class _Process:
         self._second_signal = asyncio.Event()
         self._fault = asyncio.Event()
 
-    async def run(self) -> int:
-        """Serve; return the exit code."""
+    async def run(self) -> NoReturn:
+        """Serve, and end the process."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._hear, number)
@@ -80,7 +80,7 @@ class _Process:
                     metrics_port=metrics_port,
                 )
                 await self._load(server)
-                return await self._serve(server)
+                await self._serve(server)
         finally:
             await server.stop_calls(None)
 
@@ -125,7 +125,7 @@ class _Process:
             seconds=round(time.monotonic() - start_s, 1),
         )
 
-    async def _serve(self, server: Server) -> int:
+    async def _serve(self, server: Server) -> NoReturn:
         """Serve until a signal or a fault, then end everything in order."""
         assert server.state.llm is not None
 
@@ -149,10 +149,8 @@ class _Process:
         if not closing.done():
             code = code or FAULT
         log_event(logger, "stopped", code=code)
-        if not closing.done():
-            self._leave(code)  # the engine's thread would hold up the process's end
-        await closing
-        return code
+        # A thread may wait for an engine or a disk that hangs, and Python for it.
+        self._leave(code)
 
     def _note(self, server: Server, condition: Condition) -> None:
         """Tell the world what the watchdog has found."""

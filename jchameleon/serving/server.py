@@ -83,6 +83,13 @@ class Server:
         self.outbox = LoopOutbox(asyncio.get_running_loop())
         self.adapters = AdapterRegistrar(adapters, root, self.catalog)
         self.reader = EngineReader(lambda: self.state.llm)
+        self._inference = InferenceService(
+            self.state.open_llm,
+            self.outbox,
+            self.admission,
+            self._observer,
+            self.catalog,
+        )
         self._server: grpc.aio.Server | None = None
         self._port = 0
 
@@ -168,6 +175,7 @@ class Server:
         """Stop the engine, where there is one; it is waited for."""
         self.compiles.close()
         self.adapters.close()
+        self._inference.close()
         if self.state.llm is not None:
             await asyncio.to_thread(self.state.llm.close)
 
@@ -191,13 +199,6 @@ class Server:
         )
 
     def _add_services(self, server: grpc.aio.Server) -> None:
-        inference = InferenceService(
-            self.state.open_llm,
-            self.outbox,
-            self.admission,
-            self._observer,
-            self.catalog,
-        )
         adapters = AdapterService(
             self.adapters,
             self.catalog,
@@ -208,13 +209,13 @@ class Server:
             self.config, self.state.open_llm, self.outbox, self.compiles, self.reader
         )
         handlers = {
-            "Generate": unary(inference_pb2.GenerateRequest, inference.generate),
+            "Generate": unary(inference_pb2.GenerateRequest, self._inference.generate),
             "GenerateStream": streaming(
                 inference_pb2.GenerateRequest,
-                inference.generate_stream,
+                self._inference.generate_stream,
                 stall_timeout_s=self.config.server.stall_timeout_s,
             ),
-            "Tokenize": unary(inference_pb2.TokenizeRequest, inference.tokenize),
+            "Tokenize": unary(inference_pb2.TokenizeRequest, self._inference.tokenize),
         }
         server.add_generic_rpc_handlers(
             (
