@@ -6,7 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
-from jchameleon.config import EngineConfig, check_keys, is_number, load_toml
+from jchameleon.config import (
+    EngineConfig,
+    check_keys,
+    is_number,
+    load_toml,
+    preset_names,
+)
 from jchameleon.errors import ConfigError
 from jchameleon.serving.logs import LOG_FORMATS, LogFormat
 
@@ -240,10 +246,7 @@ class ServerConfig:
         if path is None:
             return cls.from_dict(overrides or {})
         table = load_toml(path)
-        for part, field in _PATHS:
-            section = table.get(part)
-            if isinstance(section, dict) and isinstance(section.get(field), str):
-                section[field] = str(path.parent / section[field])
+        _resolve_paths(table, path.parent)
         for part, value in (overrides or {}).items():
             before = table.get(part)
             if isinstance(before, dict) and isinstance(value, dict):
@@ -271,7 +274,21 @@ _PATHS = (
     ("security", "admin_token_file"),
     ("adapters", "root"),
     ("adapters", "manifest"),
+    ("engine", "plan_log"),
 )
+
+
+def _resolve_paths(table: dict[str, Any], folder: Path) -> None:
+    """Let the paths of a file's table begin at its folder; names stay names."""
+    for part, field in _PATHS:
+        section = table.get(part)
+        if isinstance(section, dict) and isinstance(section.get(field), str):
+            section[field] = str(folder / section[field])
+    engine, model = table.get("engine"), table.get("model")
+    if isinstance(engine, dict) and str(engine.get("policy")).endswith(".toml"):
+        engine["policy"] = str(folder / engine["policy"])
+    if isinstance(model, str) and model not in preset_names():
+        table["model"] = str(folder / model)
 
 
 def _part(kind: Any, table: Mapping[str, Any]) -> Any:
