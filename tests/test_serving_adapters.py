@@ -293,6 +293,33 @@ def test_row_16_registration_goes_on_without_its_caller_and_holds_up_no_other(
         shutil.rmtree(root / "slow")
 
 
+def test_adapter_is_listed_once_all_of_it_is_known(server):
+    llm = server.server.state.llm
+    done, go = threading.Event(), threading.Event()
+
+    def register_and_wait(*args, real=llm.register_adapter, **kw):
+        info = real(*args, **kw)
+        done.set()
+        assert go.wait(60)
+        return info
+
+    llm.register_adapter = register_and_wait
+    registering = threading.Thread(target=register, args=(server, "one", "v1"))
+    try:
+        registering.start()
+        assert done.wait(60)
+        assert [info.name for info in llm.list_adapters()] == ["one"]
+        assert listed(server) == []
+        assert_code(Code.NOT_FOUND, "UNKNOWN_ADAPTER", lambda: get(server, "one"))
+    finally:
+        go.set()
+        registering.join(60)
+        del llm.register_adapter
+    (one,) = listed(server)
+    assert one == get(server, "one") and one.source_path == "v1"
+    assert one.HasField("registered_at") and one.rank == 16
+
+
 def test_names_of_one_content_share_their_part_of_the_pin_budget(root):
     with running_server(table(root)) as server:
         size = register(server, "one", "v0").size_bytes

@@ -113,7 +113,7 @@ class AdapterService:
         found = await self._registrar.by_id(self._llm())
         names = sorted(
             name
-            for name in {*found, *self._catalog.entries}
+            for name in {*found, *self._catalog.failed()}
             if name.startswith(request.prefix) and name > request.page_token
         )
         size = request.page_size or MAX_PAGE
@@ -174,7 +174,7 @@ class AdapterService:
 
     async def _current(self, llm: LLM, adapter_id: str) -> pb.Adapter:
         info = (await self._registrar.by_id(llm)).get(adapter_id)
-        if info is None and adapter_id not in self._catalog.entries:
+        if info is None and adapter_id not in self._catalog.failed():
             raise StatusError(
                 grpc.StatusCode.NOT_FOUND,
                 "UNKNOWN_ADAPTER",

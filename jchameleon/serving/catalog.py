@@ -61,6 +61,14 @@ class AdapterCatalog:
                 f"adapter {adapter_id!r} cannot be loaded: {entry.failure}",
             )
 
+    def failed(self) -> list[str]:
+        """Return the ids that are kept and not served."""
+        return [
+            adapter_id
+            for adapter_id, entry in self.entries.items()
+            if entry.failure is not None
+        ]
+
     def note_registered(self, info: AdapterInfo, source_path: str) -> None:
         """Take over what the engine says of an adapter that was registered.
 

@@ -245,8 +245,15 @@ class AdapterRegistrar:
         return await self._ask(llm.list_adapters)
 
     async def by_id(self, llm: LLM) -> dict[str, AdapterInfo]:
-        """Return adapters by id; of one id, what takes requests, else what drains."""
-        return {info.name: info for info in reversed(await self.infos(llm))}
+        """Return adapters by id; of one id, what takes requests, else what drains.
+
+        One that the engine has and its registration has not noted yet is still to come.
+        """
+        return {
+            info.name: info
+            for info in reversed(await self.infos(llm))
+            if info.draining or info.name in self._catalog.entries
+        }
 
     # Steps.
 
