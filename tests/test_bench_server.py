@@ -22,7 +22,7 @@ def test_report_has_every_part(report):
         "checks",
     }
     assert [row["streams"] for row in found["streams"]] == found["settings"]["streams"]
-    assert len(found["checks"]) == 3
+    assert len(found["checks"]) == 5
     for check in found["checks"]:
         assert check in text
     assert "tiny, 2 adapters, 4 requests" in text

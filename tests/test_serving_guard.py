@@ -12,10 +12,10 @@ STALL_S = 1.0
 
 
 def test_waiting_for_the_next_message_is_not_a_stalled_reader():
-    async def method(request, context):
+    async def method(request, context, send):
         for _ in range(3):
             await asyncio.sleep(1.5 * STALL_S)
-            yield pb.GenerateResponse(request_id="x")
+            await send(pb.GenerateResponse(request_id="x"))
 
     async def call():
         handler = streaming(pb.GenerateRequest, method, stall_timeout_s=STALL_S)

@@ -42,6 +42,9 @@ from jchameleon.serving.proto.jchameleon.v1 import inference_pb2 as pb
 
 BAR_MESSAGE = 1.5
 """The server's CPU per message may be so many times the bare one's."""
+BAR_TTFT = 1.5
+"""What the server adds to the engine's time to first token may be so many times that of
+the bare server."""
 BAR_THROUGHPUT = 0.9
 """The server's tokens per second may be so many times the engine's, at least."""
 
@@ -189,6 +192,12 @@ def run_bench(settings: Settings, *, quick: bool) -> dict[str, Any]:
                 )
                 for row in streams
             },
+            **{
+                f"{row['streams']} streams: TTFT added <= {BAR_TTFT} x bare": (
+                    row["ttft_ratio"]["median"] <= BAR_TTFT
+                )
+                for row in streams
+            },
             f"throughput >= {BAR_THROUGHPUT} x engine": (
                 rate["ratio"]["median"] >= BAR_THROUGHPUT
             ),
@@ -230,6 +239,7 @@ def print_report(report: Mapping[str, Any]) -> None:
             ("TTFT ms, engine alone", "engine_ttft_ms", 1),
             ("TTFT ms, over the engine", "added_ttft_ms", 1),
             ("TTFT ms, bare", "echo_ttft_ms", 1),
+            ("over the engine / bare", "ttft_ratio", 2),
         ):
             print(f"  {label:34} {shown(row[key], digits)}")
     rate = report["throughput"]

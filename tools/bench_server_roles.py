@@ -17,6 +17,7 @@ from typing import Any
 import grpc
 
 from jchameleon import LLM, SamplingParams
+from jchameleon.serving.process import SWITCH_INTERVAL_S
 from jchameleon.serving.server import Server
 from jchameleon.serving.settings import ServerConfig
 
@@ -26,6 +27,7 @@ ENGINE_THREAD = "jchameleon-engine"
 
 def main() -> None:
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    sys.setswitchinterval(SWITCH_INTERVAL_S)  # for all roles alike
     role, config = sys.argv[1], json.loads(sys.argv[2])
     if role == "engine":
         run_engine(config)

@@ -34,17 +34,20 @@ def prepare_completions(
     Raises:
       JChameleonError: as `Engine.prepare`.
     """
+    # A copy checks every field again: not for the one completion that most have.
+    one = sampling if sampling.n == 1 else dataclasses.replace(sampling, n=1)
     first = engine.prepare(
         request_id,
         prompt,
-        dataclasses.replace(sampling, n=1),
+        one,
         adapter_uid=adapter_uid,
         outbox=outbox,
         lease=lease,
         cache_salt=cache_salt,
     )
-    others = dataclasses.replace(first.sampling, prompt_logprobs=None)
     submissions = [first]
+    if sampling.n > 1:
+        others = dataclasses.replace(one, prompt_logprobs=None)
     for index in range(1, sampling.n):
         own_id = completion_id(request_id, index)
         submissions.append(

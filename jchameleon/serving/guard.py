@@ -7,7 +7,7 @@ refuses has its code, and a fault of ours is INTERNAL and logged.
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
 import grpc
@@ -18,7 +18,8 @@ from jchameleon.serving.status import StatusError, answer_to, status_of
 logger = logging.getLogger(__name__)
 
 Unary = Callable[[Any, grpc.aio.ServicerContext], Awaitable[Message]]
-Streaming = Callable[[Any, grpc.aio.ServicerContext], AsyncIterator[Message]]
+Send = Callable[[Message], Awaitable[None]]
+Streaming = Callable[[Any, grpc.aio.ServicerContext, Send], Awaitable[None]]
 _M = TypeVar("_M", bound=Message)
 
 
@@ -39,7 +40,9 @@ def unary(request_type: type[Message], method: Unary) -> grpc.RpcMethodHandler:
 def streaming(
     request_type: type[Message], method: Streaming, *, stall_timeout_s: float
 ) -> grpc.RpcMethodHandler:
-    """Return the handler of a method with a stream of replies.
+    """Return the handler of a method that sends a stream of replies.
+
+    A method is no generator: each of them on the way to gRPC takes time for a reply.
 
     Args:
       stall_timeout_s: a reader that takes nothing for so long is given up.
@@ -47,14 +50,17 @@ def streaming(
 
     async def handle(data: bytes, context: grpc.aio.ServicerContext) -> None:
         try:
-            replies = method(_parse(request_type, data), context)
+            request = _parse(request_type, data)
             patience = _Patience(stall_timeout_s)
+
+            async def send(reply: Message) -> None:
+                message = reply.SerializeToString()
+                patience.begin()
+                await context.write(message)
+                patience.end()
+
             try:
-                async for reply in replies:
-                    message = reply.SerializeToString()
-                    patience.begin()
-                    await context.write(message)
-                    patience.end()
+                await method(request, context, send)
             except asyncio.CancelledError:
                 if not patience.is_over():
                     raise
@@ -65,7 +71,6 @@ def streaming(
                 ) from None
             finally:
                 patience.close()
-                await replies.aclose()  # type: ignore[attr-defined]
         except Exception as error:
             await _answer(error, context)
 

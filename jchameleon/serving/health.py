@@ -5,12 +5,11 @@ every change of state, and its open calls hold up a drain until they are cut.
 """
 
 import asyncio
-from collections.abc import AsyncIterator
 
 import grpc
 from grpc_health.v1 import health_pb2 as pb
 
-from jchameleon.serving.guard import streaming, unary
+from jchameleon.serving.guard import Send, streaming, unary
 from jchameleon.serving.status import StatusError
 
 HEALTH_SERVICE = pb.DESCRIPTOR.services_by_name["Health"].full_name
@@ -66,14 +65,17 @@ class Health:
         return pb.HealthCheckResponse(status=self._status(request.service))
 
     async def watch(
-        self, request: pb.HealthCheckRequest, context: grpc.aio.ServicerContext
-    ) -> AsyncIterator[pb.HealthCheckResponse]:
+        self,
+        request: pb.HealthCheckRequest,
+        context: grpc.aio.ServicerContext,
+        send: Send,
+    ) -> None:
         """Answer Watch: what is, then every change."""
         told = None
         while True:
             changed, status = self._changed, self._status(request.service)
             if status != told:
-                yield pb.HealthCheckResponse(status=status)
+                await send(pb.HealthCheckResponse(status=status))
                 told = status
             if self._has_ended:
                 return

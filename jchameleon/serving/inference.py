@@ -22,6 +22,7 @@ from jchameleon.serving.convert import (
     prompt_of,
     sampling_params,
 )
+from jchameleon.serving.guard import Send
 from jchameleon.serving.observer import RequestObserver, RequestWatch
 from jchameleon.serving.proto.jchameleon.v1 import inference_pb2 as pb
 from jchameleon.serving.status import (
@@ -79,7 +80,7 @@ class InferenceService:
         """Answer when all completions have ended."""
         wholes: dict[int, Delta] = {}
         async with self._running(request, context) as run:
-            async for deltas in run.deltas():
+            while deltas := await run.next():
                 for index, delta in deltas:
                     before = wholes.get(index)
                     wholes[index] = delta if before is None else before.then(delta)
@@ -87,12 +88,12 @@ class InferenceService:
             return run.replies.piece(sorted(wholes.items()))
 
     async def generate_stream(
-        self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext
-    ) -> AsyncIterator[pb.GenerateResponse]:
-        """Answer with pieces as they come."""
+        self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext, send: Send
+    ) -> None:
+        """Send pieces as they come."""
         async with self._running(request, context) as run:
-            async for deltas in run.deltas():
-                yield run.replies.piece(deltas)
+            while deltas := await run.next():
+                await send(run.replies.piece(deltas))
             run.check_end()
 
     async def tokenize(
@@ -264,31 +265,34 @@ class _Run:
         self._context = context
         self._has_deadline = deadline_s is not None
         self._aborted: StatusError | None = None
+        self._left = len(stream.unfinished)
 
-    async def deltas(self) -> AsyncIterator[list[tuple[int, Delta]]]:
-        """Yield what comes, until all completions have ended.
+    async def next(self) -> list[tuple[int, Delta]]:
+        """Wait for more; return nothing when all completions have ended.
 
         Raises:
           StatusError: one has failed, or the deadline has passed.
         """
-        left = len(self._stream.unfinished)
-        while left:
-            deltas = await self._stream.get()
-            self._ticket.started()
-            for _, delta in deltas:
-                self._watch.piece(len(delta.token_ids))
-                if delta.finish_reason is None:
-                    continue
-                left -= 1
-                self._watch.finished(delta)
-                if delta.finish_reason == "error":
-                    raise self._failure(delta)
-                if delta.finish_reason == "time_limit" and self._is_late():
-                    raise deadline_exceeded()
-                if delta.finish_reason == "aborted":
-                    why = delta.error or "the request was aborted"
-                    self._aborted = status_of_fault(delta.fault or "cancelled", why)
-            yield deltas
+        if not self._left:
+            return []
+        deltas = await self._stream.get()
+        self._ticket.started()
+        for _, delta in deltas:
+            self._watch.piece(len(delta.token_ids))
+            if delta.finish_reason is not None:
+                self._left -= 1
+                self._finish(delta)
+        return deltas
+
+    def _finish(self, delta: Delta) -> None:
+        self._watch.finished(delta)
+        if delta.finish_reason == "error":
+            raise self._failure(delta)
+        if delta.finish_reason == "time_limit" and self._is_late():
+            raise deadline_exceeded()
+        if delta.finish_reason == "aborted":
+            why = delta.error or "the request was aborted"
+            self._aborted = status_of_fault(delta.fault or "cancelled", why)
 
     def check_end(self) -> None:
         """Raise CANCELLED where the call was aborted; what it had has been sent."""
