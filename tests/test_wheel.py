@@ -4,6 +4,7 @@ The environment is a fresh one and the dependencies are installed into it as a u
 would be, which takes about half a minute; nothing of this checkout is on its path.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -152,5 +153,27 @@ def test_newcomer_follows_the_readme_line_by_line(bin_folder, tmp_path):
             command = f'PATH="{bin_folder}:$PATH"; {text}'
             run("bash", "-ec", command, cwd=tmp_path)
     # One session: what a block imports or makes is there in the next.
-    assert len(session) >= 3
-    run(bin_folder / "python", "-c", "\n".join(session), cwd=tmp_path)
+    assert len(session) >= 4
+    with demo_server(bin_folder, tmp_path):
+        run(bin_folder / "python", "-c", "\n".join(session), cwd=tmp_path)
+
+
+@contextlib.contextmanager
+def demo_server(programs, folder):
+    """Serve as `make serve-demo` does, at the port that the README names."""
+    where = "from jchameleon.resources import configs_dir; print(configs_dir())"
+    configs = Path(run(programs / "python", "-c", where, cwd=folder).strip())
+    command = [programs / "jchameleon", "serve", configs / "serve-demo.toml"]
+    server = subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE, text=True)
+    with server:
+        try:
+            for line in server.stderr:
+                if " ready " in line:
+                    break
+            else:
+                raise AssertionError("the server ended before it was ready")
+            yield
+        finally:
+            server.terminate()
+            server.stderr.read()  # a full pipe would hold up its end
+        assert server.wait(60) == 0
