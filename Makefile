@@ -71,7 +71,8 @@ serve-demo: .venv-demo/.ready
 	@.venv-demo/bin/jchameleon serve configs/serve-demo.toml
 
 test: .venv-test/.ready
-	@.venv-test/bin/python -m pytest --numprocesses 2 --dist loadfile $(PYTEST_ARGS)
+	@.venv-test/bin/python -m pytest --numprocesses 2 --dist loadfile \
+		--no-loadscope-reorder $(PYTEST_ARGS)
 
 lint: .venv-test/.ready
 	@.venv-test/bin/ruff check .

@@ -39,3 +39,30 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="ROWS,TOKENS",
         help="rows of decode and tokens of prefill, or several pairs; 16,256 if none",
     )
+
+
+# Minutes or most of one, many of them in one fixture: they begin first, or the last of
+# them would hold up one process while the other has nothing left.
+LONG_FILES = (
+    "test_wheel.py",
+    "test_bench_offline.py",
+    "test_peft_parity.py",
+    "test_demo_adapters.py",
+    "test_serving_process.py",
+    "test_smollm2_parity.py",
+    "test_bench_kernels.py",
+    "test_serving_start.py",
+    "test_bench_server.py",
+    "test_models_gguf.py",
+    "test_sizing.py",
+    "test_engine_gpu.py",
+    "test_lifecycle_runs.py",
+    "test_soak_server.py",
+    "test_exp_policies.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the tests of `LONG_FILES` first; no other order changes."""
+    places = {name: place for place, name in enumerate(LONG_FILES)}
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))

@@ -124,7 +124,8 @@ def test_hostile_template_and_damaged_cache_do_no_harm(tmp_path, copy):
             assert server.end() == 0
         cached = [path for path in home.rglob("*") if path.is_file()]
         assert {"xla", "numba"} <= {path.relative_to(home).parts[0] for path in cached}
-        for number, path in enumerate(cached):
+        # Each kind of damage often, and the second start need not compile everything.
+        for number, path in enumerate(sorted(cached)[::3]):
             data = path.read_bytes()
             path.write_bytes([b"", data[: len(data) // 2], b"garbage"][number % 3])
     assert not canary.exists()

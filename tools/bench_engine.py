@@ -26,12 +26,17 @@ BARS = {"host_s": 1e-3, "compiles": 0, "start_s": 8.0}
 
 
 def measure_host(
-    model: str, *, prompt_tokens: int = 16, output_tokens: int = 64
+    model: str,
+    *,
+    running: int = RUNNING,
+    queued: int = QUEUED,
+    prompt_tokens: int = 16,
+    output_tokens: int = 64,
 ) -> Any:
     """Serve many short requests at once and watch the engine.
 
     Returns:
-      host_s: the host's part of iterations that decode `RUNNING` rows while requests
+      host_s: the host's part of iterations that decode `running` rows while requests
         wait, a list in seconds; compiles: programs compiled after the start.
     """
     compiles = 0
@@ -44,13 +49,13 @@ def measure_host(
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     options = {
-        "max_running": RUNNING,
+        "max_running": running,
         "max_model_len": 2 * (prompt_tokens + output_tokens),
     }
     rng = np.random.default_rng(0)
     with LLM(model, **options) as llm:
         started = True
-        shape = (RUNNING + QUEUED, prompt_tokens)
+        shape = (running + queued, prompt_tokens)
         prompts = rng.integers(0, llm.model_config.vocab_size, shape).tolist()
         sampling = SamplingParams(
             max_tokens=output_tokens, temperature=0.0, ignore_eos=True
@@ -59,11 +64,11 @@ def measure_host(
         ended = 0
         for delta in stream:
             ended += delta.finish_reason is not None
-            if ended > 2 * RUNNING:  # most still wait
+            if ended > 2 * running:  # most still wait
                 break
         records = llm.step_records
         stream.close()
-    full = [r.host_s for r in records if len(r.decode) == RUNNING and not r.prefill]
+    full = [r.host_s for r in records if len(r.decode) == running and not r.prefill]
     return {"host_s": full, "compiles": int(compiles)}
 
 
@@ -76,15 +81,17 @@ def measure_start(model: str) -> float:
     return time.monotonic() - start_s
 
 
-def measure_engine(model: str, *, repeats: int) -> dict[str, Any]:
+def measure_engine(
+    model: str, *, repeats: int, running: int = RUNNING, queued: int = QUEUED
+) -> dict[str, Any]:
     """Return host time (median, P90), compiles, and starts (the first fills caches)."""
     measure_start(model)
     starts_s = [measure_start(model) for _ in range(repeats)]
-    found = measure_host(model)
+    found = measure_host(model, running=running, queued=queued)
     host_s = found["host_s"]
     return {
-        "running": RUNNING,
-        "queued": QUEUED,
+        "running": running,
+        "queued": queued,
         "iterations": len(host_s),
         "host_s": statistics.median(host_s),
         "host_p90_s": float(np.percentile(host_s, 90)),

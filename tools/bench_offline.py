@@ -216,7 +216,12 @@ def run_bench(settings: Settings, *, peers_note: str) -> dict[str, Any]:
     before = calibrate(**calibration_sizes)
     model, samples = measure(settings, cases)
     after = calibrate(**calibration_sizes)
-    engine = measure_engine(settings.model, repeats=settings.repeats)
+    engine = measure_engine(
+        settings.model,
+        repeats=settings.repeats,
+        running=settings.running,
+        queued=settings.queued,
+    )
     ratios = paired_ratios(samples)
     best = {name: max(before[name], after[name]) for name in before}
     return {

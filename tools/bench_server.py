@@ -59,6 +59,7 @@ class Settings:
       repeats: timed rounds; one more warms up.
       model: of the throughput part.
       ranks: of its adapters, in turn.
+      max_running, max_model_len: of its engines.
     """
 
     streams: tuple[int, ...] = (32, 64)
@@ -71,6 +72,8 @@ class Settings:
     prompt_tokens: int = 32
     output_tokens: int = 32
     throughput_repeats: int = 3
+    max_running: int = 16
+    max_model_len: int = 512
     seed: int = 0
     threads: int = 2
 
@@ -86,6 +89,8 @@ QUICK: dict[str, Any] = {
     "prompt_tokens": 8,
     "output_tokens": 4,
     "throughput_repeats": 1,
+    "max_running": 4,
+    "max_model_len": 64,
 }
 
 
@@ -109,7 +114,11 @@ def measure_throughput(settings: Settings) -> dict[str, Any]:
         }
         names = list(adapters)
         who = [names[i % len(names)] for i in range(settings.num_requests)]
-        engine = {"max_running": 16, "max_model_len": 512, "pool_bytes": 512 << 20}
+        engine = {
+            "max_running": settings.max_running,
+            "max_model_len": settings.max_model_len,
+            "pool_bytes": 512 << 20,
+        }
         config = {"model": settings.model, "adapters": adapters, "engine": engine}
         with processes(("server", "engine"), config) as found:
             for repeat in range(settings.throughput_repeats + 1):

@@ -21,6 +21,7 @@ class Settings:
       threads: cores that everything here is held to.
       peers: whether transformers + PEFT run beside us.
       engine: further fields of `EngineConfig`; its defaults otherwise.
+      running, queued: requests of the engine's part, at once and behind them.
       gemm_width, read_bytes: of the calibration loop.
     """
 
@@ -36,6 +37,8 @@ class Settings:
     threads: int = 2
     peers: bool = True
     engine: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    running: int = 64
+    queued: int = 1_000
     gemm_width: int = 2048
     read_bytes: int = 512 << 20
 
@@ -46,6 +49,8 @@ QUICK: dict[str, Any] = {
     "output_tokens": 8,
     "engine": {"max_model_len": 64, "max_running": 16, "pool_bytes": 64 << 20},
     "repeats": 1,
+    "running": 8,
+    "queued": 40,
     "gemm_width": 256,
     "read_bytes": 8 << 20,
 }
