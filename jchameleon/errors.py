@@ -84,3 +84,11 @@ class EngineDeadError(JChameleonError, RuntimeError):
 
 class PolicyError(JChameleonError, RuntimeError):
     """A policy raised or answered nonsense; the message names it."""
+
+
+class BatchError(JChameleonError, ValueError):
+    """A batch's input or output cannot be used as it is; nothing has run."""
+
+
+class BatchStoppedError(JChameleonError, RuntimeError):
+    """A batch ended before all its lines had rows; those that are there are whole."""

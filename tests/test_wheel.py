@@ -125,14 +125,14 @@ IN_A_CHECKOUT = ("make ", "pip install ", ".venv-test/bin/python tools/")
 
 
 def readme_steps():
-    """Return the README's Python blocks and commands in order, as (language, text)."""
+    """Return the README's blocks and commands in order, as (language, text)."""
     text = (ROOT / "README.md").read_text("utf-8")
     pattern = r"^```(\w+)\n(.*?)^```$|^((?: {4}[^\n]*\n)+)"
     steps = []
     for fence in re.finditer(pattern, text, re.DOTALL | re.MULTILINE):
         language, block, indented = fence.groups()
-        if language == "python":
-            steps.append(("python", block))
+        if language in ("python", "json"):
+            steps.append((language, block))
         elif indented is not None:
             lines = textwrap.dedent(indented).replace("\\\n", " ").splitlines()
             commands = [line.partition("  #")[0].strip() for line in lines]
@@ -142,12 +142,17 @@ def readme_steps():
 
 @pytest.mark.timeout(900)
 def test_newcomer_follows_the_readme_line_by_line(bin_folder, tmp_path):
-    """Every example, as it stands, in an empty folder with an adapter of one's own."""
+    """Every example, as it stands, in an empty folder with an adapter of one's own.
+
+    Its lines of JSON are the requests of its batch.
+    """
     shutil.copytree(ADAPTER_FOLDERS[0], tmp_path / "path" / "to" / "peft_dir")
     session = []
     for language, text in readme_steps():
         if language == "python":
             session.append(text)
+        elif language == "json":
+            (tmp_path / "requests.jsonl").write_text(text, encoding="utf-8")
         elif not text.startswith(IN_A_CHECKOUT):
             assert text.startswith("jchameleon "), f"the README asks for {text!r}"
             command = f'PATH="{bin_folder}:$PATH"; {text}'

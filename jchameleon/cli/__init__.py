@@ -1,8 +1,9 @@
-"""The command line: `jchameleon generate`, `serve`, `info`, `export` and others.
+"""The command line: `jchameleon generate`, `batch`, `serve`, `info` and others.
 
-Exit codes: 0 done; 1 a fault of this program (with a traceback); 2 wrong usage or
-input, with one line on stderr; 3 a replay whose plans differ from the log's; 130
-interrupted.
+Exit codes: 0 done; 1 a fault of this program (with a traceback), or a batch that had
+to stop; 2 wrong usage or input, with one line on stderr; 3 a replay whose plans differ
+from the log's, or a batch with rows that failed; 130 interrupted, 143 a batch that was
+told to terminate.
 """
 
 import argparse
@@ -12,7 +13,16 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from jchameleon import __version__
-from jchameleon.cli import adapters, bench, export, generate, info, replay, serve
+from jchameleon.cli import (
+    adapters,
+    batch,
+    bench,
+    export,
+    generate,
+    info,
+    replay,
+    serve,
+)
 from jchameleon.errors import JChameleonError
 
 
@@ -49,6 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     generate.add_command(commands)
+    batch.add_command(commands)
     serve.add_command(commands)
     info.add_command(commands)
     export.add_command(commands)

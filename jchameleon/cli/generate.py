@@ -4,13 +4,18 @@ import argparse
 import concurrent.futures
 import dataclasses
 import json
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jchameleon.cli.options import add_model, comma_names
+from jchameleon.cli.engine_options import (
+    add_adapter,
+    add_engine,
+    engine_table,
+    named_adapters,
+)
+from jchameleon.cli.options import add_model
 from jchameleon.cli.sampling import add_sampling, sampling_params
 from jchameleon.config import PREFILL_TILE_TOKENS, EngineConfig
 from jchameleon.errors import (
@@ -19,11 +24,6 @@ from jchameleon.errors import (
     UnknownAdapterError,
 )
 from jchameleon.models.loader import load_model
-from jchameleon.runtime.policy.presets import (
-    build_policies,
-    load_policy,
-    policy_preset_names,
-)
 from jchameleon.sampling import SamplingParams
 
 if TYPE_CHECKING:
@@ -32,20 +32,6 @@ if TYPE_CHECKING:
 
 BASE = "base"
 """What `--use` calls the model without an adapter."""
-
-# Options that are handed to the engine as they are, when given.
-ENGINE_FIELDS = (
-    "max_model_len",
-    "max_running",
-    "max_batch_tokens",
-    "pool_bytes",
-    "lora_targets",
-    "max_lora_rank",
-    "host_cache_bytes",
-    "policy",
-    "prefix_cache",
-    "plan_log",
-)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -56,14 +42,13 @@ def run(args: argparse.Namespace) -> None:
             if getattr(sampling, field) is not None:
                 option = field.replace("_", "-")
                 raise InvalidRequestError(f"--{option} needs --json to show them")
-    engine = {
-        field: getattr(args, field)
-        for field in ENGINE_FIELDS
-        if getattr(args, field) is not None
-    }
-    build_policies(load_policy(EngineConfig(dtype=args.dtype, **engine).policy))
+    engine = engine_table(args)
     prompts = _prompts(args.prompt, args.prompt_file)
-    adapters = _adapters(args.adapter)
+    adapters = named_adapters(args.adapter)
+    if BASE in adapters:
+        raise InvalidRequestError(
+            f"adapter name {BASE!r} is taken: it stands for the model itself"
+        )
     uses = _uses(args.use, adapters, num_prompts=len(prompts))
     defaults = EngineConfig()
     rows = min(defaults.max_running, len(uses) * sampling.n)
@@ -109,7 +94,7 @@ def add_command(commands: Any) -> None:
     parser.set_defaults(run=run)
     _add_inputs(parser)
     add_sampling(parser.add_argument_group("sampling"))
-    _add_engine(parser.add_argument_group("engine"))
+    add_engine(parser.add_argument_group("engine"))
 
 
 def _add_inputs(parser: argparse.ArgumentParser) -> None:
@@ -128,15 +113,7 @@ def _add_inputs(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="one prompt a line, empty lines left out; - is standard input",
     )
-    parser.add_argument(
-        "--adapter",
-        action="extend",
-        nargs="+",
-        type=_named_dir,
-        default=[],
-        metavar="NAME=DIR",
-        help="a PEFT directory and the name to use it by; may be repeated",
-    )
+    add_adapter(parser)
     parser.add_argument(
         "--use",
         action="extend",
@@ -163,56 +140,6 @@ def _add_inputs(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one object a reply")
 
 
-def _add_engine(engine: Any) -> None:
-    engine.add_argument(
-        "--dtype",
-        default="float32",
-        metavar="D",
-        help="float32 or bfloat16 (default: %(default)s)",
-    )
-    engine.add_argument(
-        "--pool-bytes",
-        type=_byte_count,
-        metavar="N",
-        help="memory for KV cache and adapters together, e.g. 512MiB",
-    )
-    for flag, text in (
-        ("--max-model-len", "longest prompt and reply together, in tokens"),
-        ("--max-running", "replies made at once"),
-        ("--max-batch-tokens", "tokens of one iteration"),
-        ("--max-lora-rank", "adapters above are refused"),
-    ):
-        engine.add_argument(flag, type=int, metavar="N", help=text)
-    engine.add_argument(
-        "--lora-targets",
-        type=comma_names,
-        metavar="P,P,...",
-        help="projections that adapters may touch, among q,k,v,o,gate,up,down",
-    )
-    engine.add_argument(
-        "--policy",
-        metavar="NAME_OR_TOML",
-        help="how requests and adapters are scheduled: a .toml file or one of "
-        f"{', '.join(policy_preset_names())} (default: {EngineConfig().policy})",
-    )
-    engine.add_argument(
-        "--prefix-cache",
-        action=argparse.BooleanOptionalAction,
-        help="share the KV cache of what prompts begin with (default: yes)",
-    )
-    engine.add_argument(
-        "--host-cache-bytes",
-        type=_byte_count,
-        metavar="N",
-        help="host memory that keeps adapter weights, e.g. 4GiB (the default)",
-    )
-    engine.add_argument(
-        "--plan-log",
-        metavar="FILE",
-        help="record events and plans, for jchameleon replay",
-    )
-
-
 def _prompts(given: list[str], file: Path | None) -> list[str]:
     """Return the prompts of both options, checked to be non-empty text."""
     prompts = [*given]
@@ -234,22 +161,6 @@ def _prompts(given: list[str], file: Path | None) -> list[str]:
         except UnicodeEncodeError as error:
             raise InvalidRequestError(f"prompt {index} is not valid UTF-8") from error
     return prompts
-
-
-def _adapters(given: list[tuple[str, str]]) -> dict[str, str]:
-    """Return name -> directory; a name given twice is an error, not the last one."""
-    adapters: dict[str, str] = {}
-    for name, directory in given:
-        if name == BASE:
-            raise InvalidRequestError(
-                f"adapter name {BASE!r} is taken: it stands for the model itself"
-            )
-        if adapters.setdefault(name, directory) != directory:
-            raise InvalidRequestError(
-                f"adapter name {name!r} is given twice, with {adapters[name]!r} and "
-                f"{directory!r}"
-            )
-    return adapters
 
 
 def _enough(prompts: list[str], rows: int) -> int:
@@ -356,20 +267,3 @@ def _completion(one: "CompletionOutput") -> dict[str, Any]:
 def _shortened(text: str) -> str:
     line = " ".join(text.split())
     return line if len(line) <= 48 else line[:45] + "..."
-
-
-def _named_dir(text: str) -> tuple[str, str]:
-    name, equals, directory = text.partition("=")
-    if not (name and equals and directory):
-        raise argparse.ArgumentTypeError(f"{text!r} must be NAME=DIR")
-    return name, directory
-
-
-def _byte_count(text: str) -> int:
-    match = re.fullmatch(r"([0-9]{1,18})\s*(|[KMGT]iB)", text)
-    if not match:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} must be a number of bytes, or one with KiB, MiB, GiB or TiB"
-        )
-    power = ("", "KiB", "MiB", "GiB", "TiB").index(match[2])
-    return int(match[1]) * 1024**power

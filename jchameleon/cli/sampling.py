@@ -21,7 +21,11 @@ NUMBERS: tuple[tuple[str, type, str], ...] = (
     ("presence_penalty", float, "above 0: tokens of the reply come again less"),
     ("frequency_penalty", float, "the same, for each time they came"),
     ("seed", int, "makes drawn tokens repeatable"),
-    ("logprobs", int, "with --json: log-probabilities, of so many others too"),
+    (
+        "logprobs",
+        int,
+        "log-probabilities, of so many others too; generate needs --json",
+    ),
     ("prompt_logprobs", int, "the same for the prompt's tokens"),
     ("truncate_prompt_tokens", int, "keep this many tokens from the prompt's end"),
     ("time_limit_s", float, "end with what there is after so many seconds"),

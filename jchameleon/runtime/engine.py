@@ -85,6 +85,7 @@ class Engine:
         nothing is left of an adapter.
         """
         self.max_model_len = executor.max_model_len
+        self.max_running = config.max_running
         self._executor = executor
         self._planner = planner
         self._log = EngineLog(log)
