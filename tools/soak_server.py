@@ -37,7 +37,7 @@ PAGE_BYTES = 8192  # of the tiny model: 2 layers of 2 x 2 heads x 16 tokens x 16
 POOL_PAGES = 60
 """Room for three adapters or so beside the requests."""
 
-START_S = 120.0
+START_S = 240.0
 GREEDY = {"temperature": 0.0, "max_tokens": TOKENS, "ignore_eos": True}
 EXPECTED_CODES = {"RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED", "UNAVAILABLE", "CANCELLED"}
 

@@ -141,4 +141,8 @@ async def _answer(error: Exception, context: grpc.aio.ServicerContext) -> None:
     if status_of(error) is None:
         logger.error("a handler failed", exc_info=error)
     status = answer_to(error)
-    await context.abort(status.code, status.message, status.metadata())
+    try:
+        await context.abort(status.code, status.message, status.metadata())
+    except grpc.aio.InternalError:
+        # The call ended meanwhile, as at its deadline, and there is nobody to tell.
+        raise asyncio.CancelledError from error
