@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import shlex
 import signal
 import subprocess
 import sys
@@ -155,6 +156,14 @@ def test_reader_that_goes_away_ends_it_without_a_traceback(tmp_path):
     )
     os.close(write_end)
     assert done.returncode == 1 and "Traceback" not in done.stderr
+
+
+def test_streams_that_are_closed_are_nobody_who_reads(tmp_path):
+    source = write_lines(tmp_path / "in", LINES[:2])
+    shell = f"{shlex.join(command(source, tmp_path / 'out'))} 2>&- >&-"
+    done = subprocess.run(["bash", "-c", shell], env=environment())
+    assert done.returncode == 0
+    assert len(read_rows(tmp_path / "out")) == 2
 
 
 def test_full_device_is_exit_code_1_and_says_so(tmp_path):

@@ -1,7 +1,10 @@
 """Batches that are stopped, killed, torn or of another run, and go on or do not."""
 
 import dataclasses
+import errno
+import fcntl
 import json
+import stat
 
 import pytest
 from adapter_versions import write_version
@@ -15,9 +18,12 @@ from batch_rig import (
     write_lines,
 )
 
+from jchameleon import LLM
 from jchameleon.batch import BatchConfig, open_batch, run_batch
+from jchameleon.batch.files import replacing
 from jchameleon.batch.manifest import manifest_path
-from jchameleon.errors import BatchError
+from jchameleon.batch.results import Results
+from jchameleon.errors import BatchError, BatchStoppedError
 
 pytest_plugins = ["batch_fixtures"]
 
@@ -86,6 +92,7 @@ def test_output_that_is_not_this_runs_is_refused_and_left_as_it_is(llm, tmp_path
         (good[0] + b'{"custom_id": "1"}\n' + good[1], "line 2 is no row"),
         (good[0] + stranger + good[1], "on line 2 is of no line of the input"),
         (good[0] + good[0] + good[1], "on line 2 is there twice"),
+        (good[0] + b"a note at the end\n", "line 2 is no row"),
     ):
         (tmp_path / "out").write_bytes(data)
         with pytest.raises(BatchError, match=message):
@@ -127,6 +134,84 @@ def test_output_that_another_run_writes_is_refused(llm, tmp_path):
     run_batch(llm, source, out, should_stop=second)
     assert "is being written by another run" in errors[0]
     assert len(by_id(read_rows(out))) == 9
+
+
+def test_nobody_writes_a_manifest_for_an_output_that_another_run_holds(llm, tmp_path):
+    out = tmp_path / "out"
+    out.touch()
+    with open(out, "ab") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(BatchError, match="is being written by another run"):
+            run(llm, tmp_path, [plain("a")], resume=True)
+    assert not manifest_path(out).exists()
+
+
+def test_file_that_is_replaced_before_it_is_locked_is_not_written(
+    tmp_path, monkeypatch
+):
+    out = tmp_path / "out"
+    out.write_bytes(b"old\n")
+
+    def replace_and_lock(fd, how, real=fcntl.flock):
+        (tmp_path / "new").write_bytes(b"new\n")
+        (tmp_path / "new").rename(out)
+        real(fd, how)
+
+    monkeypatch.setattr(fcntl, "flock", replace_and_lock)
+    with pytest.raises(BatchError, match="is being written by another run"):
+        Results.reopen(out, sync_rows=1)
+    monkeypatch.undo()
+    results = Results.reopen(out, sync_rows=1)
+    results.append(b"more\n")
+    results.close()
+    assert out.read_bytes() == b"new\nmore\n"
+
+
+def test_file_without_locks_is_written_with_a_warning(tmp_path, monkeypatch, caplog):
+    def cannot(fd, how):
+        raise OSError(errno.ENOLCK, "no locks available")
+
+    monkeypatch.setattr(fcntl, "flock", cannot)
+    results = Results.create(tmp_path / "out", sync_rows=1)
+    results.append(b"row\n")
+    results.close()
+    assert (tmp_path / "out").read_bytes() == b"row\n"
+    assert "cannot be locked" in caplog.text
+
+
+def test_file_that_is_replaced_keeps_who_may_read_it(tmp_path):
+    out, fresh = tmp_path / "out", tmp_path / ".out.new"
+    out.write_bytes(b"old")
+    out.chmod(0o640)
+    (tmp_path / "other").write_bytes(b"other")
+    fresh.symlink_to(tmp_path / "other")  # nothing is written through it
+    with replacing(out) as file:
+        assert stat.S_IMODE(fresh.stat().st_mode) == 0o640
+        file.write(b"new")
+    assert out.read_bytes() == b"new" and stat.S_IMODE(out.stat().st_mode) == 0o640
+    assert (tmp_path / "other").read_bytes() == b"other" and not fresh.exists()
+
+
+def test_rows_that_wait_are_kept_when_the_engine_dies(tmp_path):
+    source = write_lines(
+        tmp_path / "in",
+        [
+            plain("slow", max_tokens=120),
+            *(plain(f"{i}", max_tokens=2) for i in range(6)),
+        ],
+    )
+    died = []
+    with LLM("tiny", max_running=4, max_batch_tokens=64, max_model_len=128) as llm:
+
+        def should_stop():
+            if len(llm.step_records) > 40 and not died:
+                died.append(llm.engine.close())
+            return False
+
+        config = BatchConfig(ordered=True)
+        with pytest.raises(BatchStoppedError):
+            run_batch(llm, source, tmp_path / "out", config, should_stop=should_stop)
+    assert by_id(read_rows(tmp_path / "out")).keys() == {f"{i}" for i in range(6)}
 
 
 def test_retried_errors_leave_one_row_an_id_in_any_order(llm, tmp_path):

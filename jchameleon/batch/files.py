@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -16,8 +17,15 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     """
     path = Path(os.path.realpath(path))  # a link stays one
     fresh = path.with_name(f".{path.name}.new")
+    mode = stat.S_IMODE(path.stat().st_mode) if path.exists() else None
     try:
-        with open(fresh, "w+b") as file:
+        fresh.unlink(missing_ok=True)  # of a run that was killed
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL
+        # Nobody reads what they may not read of the old one, not for a moment.
+        fd = os.open(fresh, flags, 0o666 if mode is None else 0o600)
+        with open(fd, "w+b") as file:
+            if mode is not None:
+                os.fchmod(fd, mode)
             yield file
             file.flush()
             os.fsync(file.fileno())

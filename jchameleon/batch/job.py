@@ -151,11 +151,11 @@ class Batch:
             return self._begin(facts), None
         if not config.resume:
             raise FileExistsError("another run has made it meanwhile")
-        if self._is_blank():
-            write_manifest(path, facts)
-        check_manifest(path, facts)
         results = Results.reopen(path, sync_rows=config.sync_rows)
         try:
+            if self._is_blank():
+                write_manifest(path, facts)
+            check_manifest(path, facts)
             kept = KeptRows(path, results, self.index)
             if config.retry_errors and kept.failed.any():
                 good = np.flatnonzero(self.index.done & ~kept.failed)
@@ -177,8 +177,8 @@ class Batch:
         try:
             write_manifest(self._path, facts)
         except BaseException:
+            self._path.unlink(missing_ok=True)  # while it is locked
             results.close()
-            self._path.unlink(missing_ok=True)
             raise
         return results
 

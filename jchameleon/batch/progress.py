@@ -89,9 +89,10 @@ class BatchSummary:
 class Progress:
     """Shows a summary on a stream, no more often than a reader can follow."""
 
-    def __init__(self, stream: TextIO, *, start_s: float) -> None:
+    def __init__(self, stream: TextIO | None, *, start_s: float) -> None:
+        """Show nothing yet; a stream of None is one that was closed."""
         self._stream = stream
-        self._is_terminal = stream.isatty()
+        self._is_terminal = stream is not None and stream.isatty()
         self._every_s = TERMINAL_EVERY_S if self._is_terminal else PLAIN_EVERY_S
         self._next_s = start_s + self._every_s
         self._drawn_chars = 0
@@ -122,6 +123,8 @@ class Progress:
         self._write(summary.report() + "\n")
 
     def _write(self, text: str) -> None:
+        if self._stream is None:
+            return
         try:
             self._stream.write(text)
             self._stream.flush()

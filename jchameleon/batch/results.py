@@ -4,6 +4,7 @@ import contextlib
 import errno
 import fcntl
 import json
+import logging
 import os
 import stat
 import sys
@@ -17,6 +18,8 @@ from jchameleon.batch.files import replacing, sync_folder
 from jchameleon.batch.index import LineIndex
 from jchameleon.batch.source import STANDARD
 from jchameleon.errors import BatchError
+
+logger = logging.getLogger(__name__)
 
 
 def is_file(path: str | Path) -> bool:
@@ -67,6 +70,8 @@ class Results:
           OSError: it cannot be opened.
         """
         if str(path) == STANDARD:
+            if sys.stdout is None:
+                raise OSError(errno.EBADF, "standard output is closed")
             sys.stdout.flush()
             return cls(os.dup(sys.stdout.fileno()), num_bytes=0, sync_rows=None)
         return cls(os.open(path, os.O_WRONLY), num_bytes=0, sync_rows=None)
@@ -79,7 +84,7 @@ class Results:
           OSError: there is one, or it cannot be made.
         """
         fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_EXCL, 0o666)
-        results = cls._locked(fd, path, num_bytes=0, sync_rows=sync_rows)
+        results = cls._locked(fd, path, sync_rows=sync_rows)
         sync_folder(path)
         return results
 
@@ -92,20 +97,33 @@ class Results:
           OSError: it cannot be opened.
         """
         fd = os.open(path, os.O_RDWR | os.O_APPEND)
-        num_bytes = os.lseek(fd, 0, os.SEEK_END)
-        return cls._locked(fd, path, num_bytes=num_bytes, sync_rows=sync_rows)
+        return cls._locked(fd, path, sync_rows=sync_rows)
 
     @classmethod
-    def _locked(cls, fd: int, path: Path, *, num_bytes: int, sync_rows: int) -> Self:
+    def _locked(cls, fd: int, path: Path, *, sync_rows: int) -> Self:
+        """Keep others from writing, and see what the file holds only then."""
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                is_ours = False
+            except OSError as error:
+                logger.warning(
+                    "output %r cannot be locked (%s): see to it that no other run "
+                    "writes to it",
+                    *(str(path), error),
+                )
+                is_ours = True
+            else:  # another run may have put a new file in its place before that
+                is_ours = os.path.samestat(os.fstat(fd), os.stat(path))
+            if not is_ours:
+                raise BatchError(
+                    f"output {str(path)!r} is being written by another run"
+                )
+            num_bytes = os.lseek(fd, 0, os.SEEK_END)
+        except BaseException:
             os.close(fd)
-            raise BatchError(
-                f"output {str(path)!r} is being written by another run"
-            ) from error
-        except OSError:
-            pass  # a file system without locks
+            raise
         return cls(fd, num_bytes=num_bytes, sync_rows=sync_rows)
 
     @property
@@ -192,7 +210,9 @@ class KeptRows:
         for number, (offset, raw) in enumerate(results.lines(), 1):
             row = _parse(raw)
             if row is None:
-                if offset + len(raw) < end:
+                # What a crash leaves at the end is cut, or was never written.
+                is_torn = not raw.endswith(b"\n") or b"\0" in raw
+                if offset + len(raw) < end or not is_torn:
                     raise BatchError(f"output {str(path)!r}: line {number} is no row")
                 results.truncate(offset)
                 break

@@ -155,6 +155,7 @@ class Runner:
                     return
             self._write_held()
         except EngineDeadError as error:
+            self._write_held()
             raise BatchStoppedError(str(error)) from error
         finally:
             # What still runs has no row: the next run does it again.

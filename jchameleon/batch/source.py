@@ -1,6 +1,7 @@
 """The input: a file that is read again by place, and never held in memory."""
 
 import contextlib
+import errno
 import os
 import shutil
 import stat
@@ -69,6 +70,8 @@ def open_source(path: str | Path) -> Iterator[Source]:
     with contextlib.ExitStack() as files:
         try:
             if str(path) == STANDARD:
+                if sys.stdin is None:
+                    raise OSError(errno.EBADF, "standard input is closed")
                 given: BinaryIO = sys.stdin.buffer
             else:
                 given = files.enter_context(open(path, "rb"))

@@ -34,7 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         code: int | None = args.run(args)
-        sys.stdout.flush()
+        if sys.stdout is not None:  # closed by whoever started us
+            sys.stdout.flush()
     except JChameleonError as error:
         print(f"jchameleon: error: {_one_line(error)}", file=sys.stderr)
         return 2

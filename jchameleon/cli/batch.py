@@ -214,4 +214,8 @@ def _how_to_resume(args: argparse.Namespace) -> str:
 
 
 def _say(text: str) -> None:
-    print(f"jchameleon: {text}", file=sys.stderr)
+    if sys.stderr is None:
+        return
+    # Whoever reads it may have gone at the same signal; the exit code stays.
+    with contextlib.suppress(OSError, ValueError):
+        print(f"jchameleon: {text}", file=sys.stderr, flush=True)
