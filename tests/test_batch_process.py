@@ -2,7 +2,6 @@
 
 import json
 import os
-import resource
 import shlex
 import signal
 import subprocess
@@ -182,10 +181,18 @@ def test_full_disk_keeps_whole_rows_and_the_run_goes_on_when_there_is_room(
     # A limit on the size of files that ends in the middle of a row. Numba and jax write
     # to their caches too, and do without where they cannot.
     limit = 20_000
-    done = run_command(
-        source,
-        out,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+    # Not in a fork of this process, whose other threads may hold locks.
+    limited = (
+        "import os, resource, sys;"
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}));"
+        "os.execv(sys.executable, sys.argv[1:])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", limited, *command(source, out)],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert done.returncode == 1, done.stderr
     last = done.stderr.splitlines()[-1]

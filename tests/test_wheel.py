@@ -72,24 +72,16 @@ def test_demo_adapters_are_small_peft_directories():
         assert weights.stat().st_size < MAX_ADAPTER_BYTES
 
 
-GENERATE = """
+WHERE = """
 import json, sys
 from pathlib import Path
 import jchameleon
-from jchameleon import LLM, SamplingParams
 from jchameleon.resources import configs_dir, demo_adapters
 
 package = Path(jchameleon.__file__).parent
 assert package.is_relative_to(sys.prefix), package
 assert configs_dir().parent == package, configs_dir()
-options = {"max_running": 1, "max_batch_tokens": 64, "max_model_len": 128}
-with LLM("smollm2-135m", adapters=demo_adapters(), **options) as llm:
-    [output] = llm.generate(
-        llm.chat_prompt("What is the capital of France?"),
-        adapters="json",
-        sampling=SamplingParams(max_tokens=48, temperature=0.0),
-    )
-print(json.dumps({"text": output.text, "adapters": sorted(demo_adapters())}))
+print(json.dumps(sorted(demo_adapters())))
 """
 
 
@@ -107,12 +99,9 @@ def bin_folder(wheel, tmp_path_factory):
 
 
 @pytest.mark.timeout(480)
-def test_installed_wheel_generates_away_from_the_checkout(bin_folder, tmp_path):
-    result = json.loads(
-        run(bin_folder / "python", "-c", GENERATE, cwd=tmp_path).splitlines()[-1]
-    )
-    assert "Paris" in json.loads(result["text"])["answer"]
-    assert result["adapters"] == sorted(path.name for path in ADAPTER_FOLDERS)
+def test_installed_wheel_brings_its_configs_and_adapters(bin_folder, tmp_path):
+    found = json.loads(run(bin_folder / "python", "-c", WHERE, cwd=tmp_path))
+    assert found == sorted(path.name for path in ADAPTER_FOLDERS)
 
     adapter = ADAPTER_FOLDERS[0]
     command = [bin_folder / "jchameleon", "adapters", "inspect", "--json", adapter]

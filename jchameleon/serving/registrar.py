@@ -249,10 +249,12 @@ class AdapterRegistrar:
 
         One that the engine has and its registration has not noted yet is still to come.
         """
+        # Before the engine is asked: what is unregistered meanwhile is in its answer.
+        noted = set(self._catalog.entries)
         return {
             info.name: info
             for info in reversed(await self.infos(llm))
-            if info.draining or info.name in self._catalog.entries
+            if info.draining or info.name in noted
         }
 
     # Steps.
