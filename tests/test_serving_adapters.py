@@ -320,6 +320,37 @@ def test_adapter_is_listed_once_all_of_it_is_known(server):
     assert one.HasField("registered_at") and one.rank == 16
 
 
+def test_adapter_that_is_unregistered_while_the_engine_answers_is_still_found(server):
+    register(server, "one", "v1")
+    stream, _ = long_stream(server, "one")
+    llm = server.server.state.llm
+    done, go, found = threading.Event(), threading.Event(), []
+
+    def list_and_wait(real=llm.list_adapters):
+        infos = real()
+        if not done.is_set():
+            done.set()
+            assert go.wait(60)
+        return infos
+
+    llm.list_adapters = list_and_wait
+    getting = threading.Thread(target=lambda: found.append(get(server, "one")))
+    try:
+        getting.start()
+        assert done.wait(60)
+        error = refusal(
+            lambda: call(server, "UnregisterAdapter", adapter_id="one", timeout=2)
+        )
+        assert error.code() is Code.DEADLINE_EXCEEDED  # it drains
+    finally:
+        go.set()
+        getting.join(60)
+        del llm.list_adapters
+    assert [one.adapter_id for one in found] == ["one"]
+    stream.cancel()
+    wait_for(lambda: listed(server) == [])
+
+
 def test_names_of_one_content_share_their_part_of_the_pin_budget(root):
     with running_server(table(root)) as server:
         size = register(server, "one", "v0").size_bytes
