@@ -27,7 +27,7 @@ from serve_process import environment
 
 from jchameleon.batch.manifest import manifest_path
 
-KILLS = int(os.environ.get("BATCH_KILLS", "4"))
+KILLS = int(os.environ.get("BATCH_KILLS", "2"))
 LINES = int(os.environ.get("BATCH_LINES", "6000"))
 # The pool, jax and the C library grow for a while, whatever the number of lines.
 SETTLED_AFTER = 0.25
