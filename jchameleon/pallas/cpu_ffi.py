@@ -129,9 +129,9 @@ def result_dim(frame: int, index: int, axis: int) -> int:
     return load_i64(load_i64(_buffer(frame, _RETS, index) + _DIMS) + 8 * axis)
 
 
-def parts(units: int) -> Iterator[tuple[int, int]]:
-    """Yield (first unit, units) of each call, at most `PARTS` of about equal size."""
-    size, larger = divmod(units, min(units, PARTS))
+def parts(units: int, most: int = PARTS) -> Iterator[tuple[int, int]]:
+    """Yield (first unit, units) of each call, at most `most` of about equal size."""
+    size, larger = divmod(units, min(units, most))
     first = 0
     while first < units:
         count = size + (larger > 0)

@@ -12,7 +12,12 @@ import numpy as np
 
 from jchameleon.config import ModelConfig
 from jchameleon.errors import ConfigError
-from jchameleon.pallas import cpu_attention, cpu_ffi, cpu_lora
+from jchameleon.pallas import (
+    cpu_attention,
+    cpu_ffi,
+    cpu_lora,
+    cpu_prefill_attention,
+)
 from jchameleon.pallas.multi_lora import (
     LoraWork,
     build_lora_work,
@@ -179,6 +184,7 @@ def compile_operations(ops: Operations) -> None:
     """Compile what XLA does not compile itself, or read it from the cache."""
     if ops is CPU:
         cpu_ffi.register(cpu_attention.TARGET, cpu_attention.handle)
+        cpu_ffi.register(cpu_prefill_attention.TARGET, cpu_prefill_attention.handle)
         cpu_ffi.register(cpu_lora.TARGET, cpu_lora.handle)
 
 
