@@ -95,7 +95,7 @@ def test_exponential_is_that_of_numpy_and_keeps_nan():
     x = -np.concatenate([np.linspace(0, 90, 20_001), np.geomspace(1e-30, 1, 500)])
     x = x.astype(np.float32)
     found = np.array([cpu_softmax.exp(value) for value in x])
-    expected = np.exp(np.maximum(x, np.float32(-87)).astype(np.float64))
+    expected = np.where(x < -87, 0, np.exp(x.astype(np.float64)))
     np.testing.assert_allclose(found, expected, rtol=3e-7)
     assert np.isnan(cpu_softmax.exp(np.float32(np.nan)))
 

@@ -15,12 +15,10 @@ import numba
 import numpy as np
 
 from jchameleon.pallas import cpu_ffi, cpu_prefill_attention, cpu_softmax
+from jchameleon.pallas.cpu_prefill_attention import QUERIES
 from jchameleon.pallas.cpu_softmax import SEGMENT
 
 TARGET = "jchameleon_paged_attention"
-
-_FEW = 8
-"""Queries of a unit up to which dot products beat copying keys and values."""
 
 _ZERO = np.float32(0.0)
 _ONE = np.float32(1.0)
@@ -44,7 +42,7 @@ def paged_attention_cpu(
     tile, group = num_tokens // num_tiles, heads // kv_heads
     shape = np.array([kv_heads, block_tokens], np.int32)
     others = (pool, page_table, positions, context_tokens, shape)
-    if tile * group > _FEW:
+    if tile % QUERIES == 0:
         return _attend_tiles(q, others, num_tiles=num_tiles, kv_heads=kv_heads)
     q = (q * np.float32(1.0 / math.sqrt(head_dim))).transpose(2, 0, 1)  # [T, H, HD]
     parts = []

@@ -1,10 +1,11 @@
 """Attention of wide query tiles on CPU: tiles of products in registers.
 
-A unit is one query tile and one KV head: all queries that share keys. Its queries are
-scaled and copied once; 32 tokens of context at a time, so are keys (transposed) and
-values, zeros in the places of what is not there. Scores, and sums of values, are then
+Tokens are the lanes of a vector, as in the layer's own arrays: scores are
+f32[keys, tokens], and the softmax's sums run along a vector's own lanes. A unit is one
+query tile and one KV head. Keys and values are copied 32 at a time, for all heads that
+share them, with zeros in the places of what is not there. Scores and sums of values are
 products of whole tiles (`cpu_tiles`), folded into a running softmax (Milakov and
-Gimelshein, 2018). Rows of queries that see nothing of a segment skip it.
+Gimelshein, 2018).
 """
 
 import math
@@ -17,6 +18,9 @@ from jchameleon.pallas.cpu_softmax import SEGMENT
 from jchameleon.pallas.cpu_tiles import ROWS, WIDTH, product, round_up
 
 TARGET = "jchameleon_prefill_attention"
+
+QUERIES = 32
+"""Tokens of a query tile that are taken side by side; a multiple of `WIDTH`."""
 
 _ZERO = np.float32(0.0)
 _ONE = np.float32(1.0)
@@ -76,31 +80,28 @@ def _attend_tiles(
     block_tokens,
 ):
     tile = num_tokens // num_tiles
-    queries = tile * group  # the query of token t and head g is t * group + g
-    rows = _round_up(queries, ROWS)
-    width = _round_up(head_dim, WIDTH)
+    width = _round_up(head_dim, ROWS)
     head_elems = block_tokens * head_dim
-    scaled = np.zeros(rows * head_dim, np.float32)
-    sums = np.empty(rows * width, np.float32)
-    keys = np.empty(head_dim * SEGMENT, np.float32)
+    queries = np.empty(group * head_dim * QUERIES, np.float32)
+    sums = np.empty(group * width * QUERIES, np.float32)
+    best = np.empty(group * QUERIES, np.float32)
+    total = np.empty(group * QUERIES, np.float32)
+    keys = np.zeros(SEGMENT * head_dim, np.float32)
     values = np.zeros(SEGMENT * width, np.float32)
-    scores = np.empty(ROWS * SEGMENT, np.float32)
-    best = np.empty(rows, np.float32)
-    total = np.empty(rows, np.float32)
+    scores = np.empty(SEGMENT * QUERIES, np.float32)
+    most = np.empty(QUERIES, np.float32)
     scale = _ONE / np.float32(math.sqrt(np.float32(head_dim)))
     for head in range(heads_here):
         kv = first_head + head
-        for begin in range(0, tokens_here, tile):
-            n = (first_token + begin) // tile
+        for begin in range(0, tokens_here, QUERIES):
+            token = first_token + begin
+            n = token // tile
             _take_queries(
-                scaled,
+                cpu_ffi.data(queries),
+                group * head_dim,
                 scale,
                 q,
-                kv * group,
-                group,
-                head_dim,
-                n * tile,
-                tile,
+                kv * group * head_dim * num_tokens + token,
                 num_tokens,
             )
             sums[:] = _ZERO
@@ -109,8 +110,8 @@ def _attend_tiles(
             for start in range(0, context[n], SEGMENT):
                 size = min(SEGMENT, context[n] - start)
                 _take_segment(
-                    keys,
-                    values,
+                    cpu_ffi.data(keys),
+                    cpu_ffi.data(values),
                     width,
                     start,
                     size,
@@ -123,60 +124,56 @@ def _attend_tiles(
                     block_tokens,
                     head_dim,
                 )
-                for row in range(0, queries, ROWS):
+                for g in range(group):
                     _add_segment(
-                        sums,
-                        best,
-                        total,
-                        scores,
-                        row,
-                        min(ROWS, queries - row),
-                        scaled,
-                        keys,
-                        values,
+                        cpu_ffi.data(sums),
+                        cpu_ffi.data(best),
+                        cpu_ffi.data(total),
+                        g,
+                        cpu_ffi.data(most),
+                        cpu_ffi.data(scores),
+                        cpu_ffi.data(queries),
+                        cpu_ffi.data(keys),
+                        cpu_ffi.data(values),
                         width,
                         positions,
-                        n * tile,
-                        group,
+                        token,
                         start,
                         size,
                         head_dim,
                     )
-            _give_sums(
-                out,
-                (head * group) * head_dim * tokens_here + begin,
-                tokens_here,
-                sums,
-                total,
-                tile,
-                group,
-                head_dim,
-                width,
-            )
+            for g in range(group):
+                _give_sums(
+                    out,
+                    (head * group + g) * head_dim * tokens_here + begin,
+                    tokens_here,
+                    cpu_ffi.data(sums),
+                    g * width * QUERIES,
+                    cpu_ffi.data(total),
+                    g * QUERIES,
+                    head_dim,
+                )
 
 
 @_jit
-def _take_queries(
-    scaled,  # f32[tile, G, HD]
-    scale,
-    q,  # f32[H, HD, T]
-    first_head,
-    group,
-    head_dim,
-    first_token,
-    tile,
-    num_tokens,
-):
-    for g in range(group):
-        for d in range(head_dim):
-            x = ((first_head + g) * head_dim + d) * num_tokens + first_token
-            for t in range(tile):
-                scaled[(t * group + g) * head_dim + d] = q[x + t] * scale
+def _take_queries(queries, rows, scale, q, x, num_tokens):
+    for row in range(rows):
+        for t in range(QUERIES):
+            queries[row * QUERIES + t] = q[x + row * num_tokens + t] * scale
+
+
+@_jit
+def _give_sums(out, o, tokens_here, sums, i, total, at, head_dim):
+    for t in range(QUERIES):
+        total[at + t] = _ONE / total[at + t]
+    for d in range(head_dim):
+        for t in range(QUERIES):
+            out[o + d * tokens_here + t] = sums[i + d * QUERIES + t] * total[at + t]
 
 
 @_jit
 def _take_segment(
-    keys,  # f32[HD, SEGMENT]
+    keys,  # f32[SEGMENT, HD]
     values,  # f32[SEGMENT, width]
     width,
     start,
@@ -190,103 +187,110 @@ def _take_segment(
     block_tokens,
     head_dim,
 ):
-    """Copy keys, transposed, and values of a segment; what is not there becomes 0."""
+    """Copy keys and values of a segment; what is not there becomes 0."""
     for s in range(size):
         at = start + s
         page = np.int64(table[pages + at // block_tokens]) * page_elems
         place = page + at % block_tokens * head_dim
         for d in range(head_dim):
-            keys[d * SEGMENT + s] = pool[place + key_offset + d]
+            keys[s * head_dim + d] = pool[place + key_offset + d]
         for d in range(head_dim):
             values[s * width + d] = pool[place + value_offset + d]
-    for s in range(size, SEGMENT):
-        for d in range(head_dim):
-            keys[d * SEGMENT + s] = _ZERO
-        for d in range(head_dim):
-            values[s * width + d] = _ZERO
+    for n in range(size * head_dim, SEGMENT * head_dim):
+        keys[n] = _ZERO
+    for n in range(size * width, SEGMENT * width):
+        values[n] = _ZERO
 
 
 @_jit
 def _add_segment(
-    sums,
-    best,
-    total,
-    scores,
-    row,
-    count,
-    scaled,
+    sums,  # f32[G, width, QUERIES]
+    best,  # f32[G, QUERIES]
+    total,  # f32[G, QUERIES]
+    g,
+    most,  # f32[QUERIES]
+    scores,  # f32[SEGMENT, QUERIES]
+    queries,  # f32[G, HD, QUERIES]
     keys,
     values,
     width,
     positions,
-    first_token,
-    group,
+    token,
     start,
     size,
     head_dim,
 ):
-    """Fold a segment into the running softmax of `ROWS` queries from `row` on."""
-    most = np.int64(0)
-    for i in range(count):
-        seen = positions[first_token + (row + i) // group] + 1 - start
-        most = max(most, min(seen, size))
-    if most <= 0:
-        return
-    for s in range(0, SEGMENT, WIDTH):
-        product(
-            scores,
-            s,
-            SEGMENT,
-            scaled,
-            row * head_dim,
-            head_dim,
-            1,
-            keys,
-            s,
-            SEGMENT,
-            head_dim,
-            1,
-        )
-    for i in range(count):
-        seen = min(size, positions[first_token + (row + i) // group] + 1 - start)
-        keep = cpu_softmax.weigh(scores, i * SEGMENT, seen, best, total, row + i)
-        if start > 0 and keep != _ONE:
-            for d in range(width):
-                sums[(row + i) * width + d] *= keep
-    for d in range(0, width, WIDTH):
-        product(
-            sums,
-            row * width + d,
-            width,
-            scores,
-            0,
-            SEGMENT,
-            1,
-            values,
-            d,
-            width,
-            most,
-            0,
-        )
+    """Fold a segment into the running softmax of one head's queries."""
+    x = g * head_dim * QUERIES
+    for s in range(0, SEGMENT, ROWS):
+        for t in range(0, QUERIES, WIDTH):
+            product(
+                scores,
+                s * QUERIES + t,
+                QUERIES,
+                keys,
+                s * head_dim,
+                head_dim,
+                1,
+                queries,
+                x + t,
+                QUERIES,
+                head_dim,
+                1,
+            )
+    _weigh_tile(scores, most, best, total, g * QUERIES, positions, token, start, size)
+    if start > 0:
+        for d in range(width):
+            o = (g * width + d) * QUERIES
+            for t in range(QUERIES):
+                sums[o + t] *= most[t]
+    for d in range(0, width, ROWS):
+        for t in range(0, QUERIES, WIDTH):
+            product(
+                sums,
+                (g * width + d) * QUERIES + t,
+                QUERIES,
+                values,
+                d,
+                1,
+                width,
+                scores,
+                t,
+                QUERIES,
+                size,
+                0,
+            )
 
 
 @_jit
-def _give_sums(
-    out,  # f32[.., G, HD, tokens]
-    o,
-    tokens,
-    sums,  # f32[tile, G, width]
-    total,
-    tile,
-    group,
-    head_dim,
-    width,
-):
-    for i in range(tile * group):
-        total[i] = _ONE / total[i]
-    for g in range(group):
-        for d in range(head_dim):
-            here = o + (g * head_dim + d) * tokens
-            for t in range(tile):
-                i = t * group + g
-                out[here + t] = sums[i * width + d] * total[i]
+def _weigh_tile(scores, most, best, total, at, positions, token, start, size):
+    """Turn scores into weights, and `most` into what earlier sums are scaled by.
+
+    Weights of what is not seen are 0. A score that is not finite makes the total, and
+    so the output, not finite.
+    """
+    last = positions[token]
+    for t in range(QUERIES):
+        last = min(last, positions[token + t])
+        most[t] = best[at + t]
+    if last < start + size - 1:
+        for s in range(size):
+            for t in range(QUERIES):
+                n = s * QUERIES + t
+                hidden = positions[token + t] < start + s
+                scores[n] = cpu_softmax.FIRST if hidden else scores[n]
+    for s in range(size):
+        for t in range(QUERIES):
+            most[t] = max(most[t], scores[s * QUERIES + t])
+    for s in range(size):
+        for t in range(QUERIES):
+            n = s * QUERIES + t
+            scores[n] = cpu_softmax.exp(scores[n] - most[t])
+    for t in range(QUERIES):
+        keep = cpu_softmax.exp(best[at + t] - most[t])
+        best[at + t] = most[t]
+        total[at + t] *= keep
+        most[t] = keep
+    for s in range(size):
+        for t in range(QUERIES):
+            total[at + t] += scores[s * QUERIES + t]

@@ -1,7 +1,5 @@
 """The running softmax of attention on CPU (Milakov and Gimelshein, 2018)."""
 
-import math
-
 import numba
 import numpy as np
 
@@ -25,8 +23,9 @@ def exp(x):
 
     x = n log 2 + r: a polynomial in r, and n goes into the exponent's bits.
     """
-    x = np.float32(-87.0) if x < np.float32(-87.0) else x
-    n = np.float32(math.floor(x * np.float32(1.44269504) + np.float32(0.5)))
+    low = x < np.float32(-87.0)
+    x = np.float32(-87.0) if low else x
+    n = cpu_ffi.floor(x * np.float32(1.44269504) + np.float32(0.5))
     r = x - n * np.float32(0.693359375) - n * np.float32(-2.12194440e-4)
     p = np.float32(1.9875691500e-4)
     p = p * r + np.float32(1.3981999507e-3)
@@ -35,7 +34,8 @@ def exp(x):
     p = p * r + np.float32(1.6666665459e-1)
     p = p * r + np.float32(5.0000001201e-1)
     p = p * r * r + r + _ONE
-    return p * cpu_ffi.float_from_bits((np.int32(n) + np.int32(127)) << np.int32(23))
+    p *= cpu_ffi.float_from_bits((np.int32(n) + np.int32(127)) << np.int32(23))
+    return _ZERO if low else p
 
 
 @numba.njit(fastmath=True, error_model="numpy")

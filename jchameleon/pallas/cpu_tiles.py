@@ -19,8 +19,9 @@ LANES = 16 if llvmlite.binding.get_host_cpu_features().get("avx512f") else 8
 WIDTH = 2 * LANES
 """Columns of a tile."""
 
-ROWS = 6
-"""Rows of a tile: its 12 sums, two vectors and one element fit in 16 registers."""
+ROWS = 8 if LANES == 16 else 4
+"""Rows of a tile: with two sums each, and what they are made of, they fit in the 32
+registers of AVX-512 or the 16 of AVX, and are enough for additions to overlap."""
 
 _ELEMENT = ir.FloatType()
 _VECTOR = ir.VectorType(_ELEMENT, LANES)
@@ -34,12 +35,9 @@ def round_up(size: int, multiple: int) -> int:
     return (size + multiple - 1) // multiple * multiple
 
 
-def _address(context: Any, builder: Any, kind: Any, buffer: Any, at: Any) -> Any:
-    """Return the address of element `at` of an array or a bare pointer, as an i64."""
-    if isinstance(kind, types.Array):
-        buffer = context.make_array(kind)(context, builder, buffer).data
-    start = builder.ptrtoint(buffer, _INDEX)
-    return builder.add(start, _bytes(builder, at))
+def _address(builder: Any, pointer: Any, at: Any) -> Any:
+    """Return the address of element `at` of a bare pointer, as an i64."""
+    return builder.add(builder.ptrtoint(pointer, _INDEX), _bytes(builder, at))
 
 
 def _bytes(builder: Any, elements: Any) -> Any:
@@ -60,50 +58,50 @@ def _spread(builder: Any, element: Any) -> Any:
     return builder.shuffle_vector(vector, vector, lanes)
 
 
-def _make_product(rows: int) -> Any:
-    @intrinsic
-    def product(  # type: ignore[no-untyped-def]
-        typing_context,
-        c,
-        c_at,
-        c_row,
-        a,
-        a_at,
-        a_row,
-        a_step,
-        b,
-        b_at,
-        b_step,
-        inner,
-        fresh,
-    ):
-        """Add A @ B to a tile of C, or set the tile to it where `fresh` is not 0.
+@intrinsic
+def product(  # type: ignore[no-untyped-def]
+    typing_context,
+    c,
+    c_at,
+    c_row,
+    a,
+    a_at,
+    a_row,
+    a_step,
+    b,
+    b_at,
+    b_step,
+    inner,
+    fresh,
+):
+    """Add A @ B to a tile of C, or set the tile to it where `fresh` is not 0.
 
-        C[m, n] is element `c_at + m * c_row + n` of `c`, A[m, k] element
-        `a_at + m * a_row + k * a_step` of `a` and B[k, n] element
-        `b_at + k * b_step + n` of `b`, with the tile's rows, `WIDTH` columns and
-        `inner` products a sum. Buffers are contiguous f32 arrays or pointers; the other
-        arguments are i64.
-        """
-        del typing_context, c_at, c_row, a_at, a_row, a_step, b_at, b_step, inner, fresh
-        i64 = types.int64
-        kinds = (c, i64, i64, a, i64, i64, i64, b, i64, i64, i64, i64)
+    C[m, n] is element `c_at + m * c_row + n` of `c`, A[m, k] element
+    `a_at + m * a_row + k * a_step` of `a` and B[k, n] element
+    `b_at + k * b_step + n` of `b`, with `ROWS` rows, `WIDTH` columns and
+    `inner` products a sum. Buffers are bare pointers to f32; the other arguments are
+    i64.
+    """
+    del typing_context, c, c_at, c_row, a, a_at, a_row, a_step, b, b_at, b_step
+    del inner, fresh
+    i64 = types.int64
+    f32s = types.CPointer(types.float32)
+    kinds = (f32s, i64, i64, f32s, i64, i64, i64, f32s, i64, i64, i64, i64)
 
-        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            _emit_product(context, builder, signature.args, args, rows)
-            return context.get_dummy_value()
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        del signature
+        _emit_product(builder, args)
+        return context.get_dummy_value()
 
-        return types.void(*kinds), generate
-
-    return product
+    return types.void(*kinds), generate
 
 
-def _emit_product(context: Any, builder: Any, kinds: Any, args: Any, rows: int) -> None:
+def _emit_product(builder: Any, args: Any) -> None:
     """Write the loop over the inner dimension."""
     c, c_at, c_row, a, a_at, a_row, a_step, b, b_at, b_step, inner, fresh = args
-    c_start = _address(context, builder, kinds[0], c, c_at)
-    a_start = _address(context, builder, kinds[3], a, a_at)
-    b_start = _address(context, builder, kinds[7], b, b_at)
+    c_start = _address(builder, c, c_at)
+    a_start = _address(builder, a, a_at)
+    b_start = _address(builder, b, b_at)
     c_row, a_row, a_step, b_step = (
         _bytes(builder, stride) for stride in (c_row, a_row, a_step, b_step)
     )
@@ -111,7 +109,7 @@ def _emit_product(context: Any, builder: Any, kinds: Any, args: Any, rows: int) 
     is_fresh = builder.icmp_signed("!=", fresh, _INDEX(0))
     zero = ir.Constant(_VECTOR, [0.0] * LANES)
     places, sums, a_rows = [], [], []
-    for m in range(rows):
+    for m in range(ROWS):
         place = builder.add(c_start, builder.mul(c_row, _INDEX(m)))
         a_rows.append(builder.mul(a_row, _INDEX(m)))
         for address in (place, builder.add(place, vector_bytes)):
@@ -133,7 +131,7 @@ def _emit_product(context: Any, builder: Any, kinds: Any, args: Any, rows: int) 
         for address in (b_here, builder.add(b_here, vector_bytes))
     )
     new = []
-    for m in range(rows):
+    for m in range(ROWS):
         element = _load(builder, builder.add(a_here, a_rows[m]), _ELEMENT)
         scale = _spread(builder, element)
         for vector, total in zip(
@@ -161,7 +159,3 @@ def _emit_product(context: Any, builder: Any, kinds: Any, args: Any, rows: int) 
     for address, total in zip(places, totals, strict=True):
         pointer = builder.inttoptr(address, _VECTOR.as_pointer())
         builder.store(total, pointer, align=_ELEMENT_BYTES)
-
-
-product = _make_product(ROWS)
-product_of_4 = _make_product(4)

@@ -15,6 +15,7 @@ from jchameleon.errors import ConfigError
 from jchameleon.pallas import (
     cpu_attention,
     cpu_ffi,
+    cpu_kv,
     cpu_lora,
     cpu_prefill_attention,
 )
@@ -84,6 +85,7 @@ CPU = Operations(
     name="cpu",
     paged_attention=cpu_attention.paged_attention_cpu,
     multi_lora=cpu_lora.multi_lora_cpu,
+    rope_write=cpu_kv.rope_write_cpu,
 )
 """Loops that `compile_operations` compiles with numba; float32 on CPU."""
 
@@ -185,6 +187,7 @@ def compile_operations(ops: Operations) -> None:
     if ops is CPU:
         cpu_ffi.register(cpu_attention.TARGET, cpu_attention.handle)
         cpu_ffi.register(cpu_prefill_attention.TARGET, cpu_prefill_attention.handle)
+        cpu_ffi.register(cpu_kv.TARGET, cpu_kv.handle)
         cpu_ffi.register(cpu_lora.TARGET, cpu_lora.handle)
 
 
