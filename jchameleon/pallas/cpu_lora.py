@@ -1,9 +1,9 @@
 """LoRA products on CPU straight from adapter pages: every weight is read once.
 
-Same contract as `multi_lora`. A call takes the tokens of its part, a block of them at a
-time, and adds `B (A x)` of each adapter in the work list to its tokens of the block: to
-a few, as in decode, by dot products straight from the pages, to many, as in prefill, by
-`cpu_lora_tiles`. The cost is that of the true ranks, read once for each block.
+Same contract as `multi_lora`. A call takes the tokens of its part and, chunk by chunk
+of the work list, adds `B (A x)` to those of them that the chunk's adapter owns. Nothing
+is gathered or packed, so the cost is the bytes of the true ranks, read once a part.
+Steps of many tokens go to `cpu_prefill_lora`.
 """
 
 import jax
@@ -13,15 +13,12 @@ import numpy as np
 from jax import lax
 
 from jchameleon.lora.layout import GroupLayout
-from jchameleon.pallas import cpu_ffi
-from jchameleon.pallas.cpu_lora_tiles import BLOCK, RANKS, add_block
+from jchameleon.pallas import cpu_ffi, cpu_prefill_lora
 from jchameleon.pallas.multi_lora import CHUNKS_PER_ITEM, LoraWork, tile_tokens
 
 TARGET = "jchameleon_multi_lora"
 
-_SIDE_BY_SIDE = 8
-"""Tokens of one adapter in a block from which tiles beat dot products."""
-
+_RANKS = 8  # of a chunk
 _jit = numba.njit(fastmath=cpu_ffi.FAST_MATH, error_model="numpy")
 
 
@@ -37,14 +34,18 @@ def multi_lora_cpu(
 
     A step of base rows alone passes `y` on.
     """
+    if cpu_prefill_lora.serves(x.shape[1]):
+        add = cpu_prefill_lora.add_products
+    else:
+        add = _add_products
     return lax.cond(
         work.count > 0,
-        lambda: _adapted(y, x, pool, work, group=group),
+        lambda: add(y, x, pool, work, group=group),
         lambda: y,
     )
 
 
-def _adapted(
+def _add_products(
     y: jax.Array,  # f32[N, T]
     x: jax.Array,  # f32[d_in, T]
     pool: jax.Array,  # f32[P, E]
@@ -52,36 +53,25 @@ def _adapted(
     *,
     group: GroupLayout,
 ) -> jax.Array:  # f32[N, T]
-    num_rows, num_tokens = y.shape
-    places = [
-        number
-        for projection in group.projections
-        for number in (
-            *group.columns[projection],
-            group.out_columns[projection][0],
-        )
-    ]
+    num_tokens = x.shape[1]
+    num_columns = group.b_shape[1]
+    columns = [number for p in group.projections for number in group.columns[p]]
     shape = np.array(
         [
             tile_tokens(num_tokens),
             group.a_offset,
             group.b_offset,
             len(group.projections),
-            *places,
-            group.b_shape[1],
+            *columns,
         ],
         np.int32,
     )
-    # Whole blocks to a call where there are enough of them to be shared among threads.
-    unit = BLOCK if num_tokens >= cpu_ffi.PARTS * BLOCK else 1
+    x = x.T
     parts = []
-    for first_unit, units in cpu_ffi.parts(-(-num_tokens // unit)):
-        first = first_unit * unit
-        count = min(units * unit, num_tokens - first)
-        part = jax.ShapeDtypeStruct((num_rows, count), jnp.float32)
+    for first, count in cpu_ffi.parts(num_tokens):
+        part = jax.ShapeDtypeStruct((count, num_columns), jnp.float32)
         parts.append(
             jax.ffi.ffi_call(TARGET, part)(
-                y,
                 x,
                 pool,
                 work.count,
@@ -93,216 +83,120 @@ def _adapted(
                 np.int32(first),
             )
         )
-    return jnp.concatenate(parts, axis=1)
+    delta = jnp.concatenate(parts).T  # rows as in B
+    pieces, row = [], 0
+    for projection in group.projections:  # in the order of y's rows
+        start, size = group.columns[projection]
+        first_row = group.out_columns[projection][0]
+        pieces.append(jnp.zeros((first_row - row, num_tokens), y.dtype))
+        pieces.append(delta[start : start + size])
+        row = first_row + size
+    pieces.append(jnp.zeros((y.shape[0] - row, num_tokens), y.dtype))
+    return y + jnp.concatenate(pieces)
 
 
 def handle(frame: int) -> int:
     """Unpack XLA's call; see `multi_lora_cpu` for the arguments."""
     if cpu_ffi.answers_query(frame):
         return 0
-    shape = cpu_ffi.i32_pointer(cpu_ffi.argument(frame, 8))
-    _add_products(
+    _add_tokens(
         cpu_ffi.f32_pointer(cpu_ffi.result(frame, 0)),
         cpu_ffi.f32_pointer(cpu_ffi.argument(frame, 0)),
         cpu_ffi.f32_pointer(cpu_ffi.argument(frame, 1)),
-        cpu_ffi.f32_pointer(cpu_ffi.argument(frame, 2)),
-        cpu_ffi.i32_pointer(cpu_ffi.argument(frame, 3))[0],
+        cpu_ffi.i32_pointer(cpu_ffi.argument(frame, 2))[0],
+        cpu_ffi.i32_pointer(cpu_ffi.argument(frame, 3)),
         cpu_ffi.i32_pointer(cpu_ffi.argument(frame, 4)),
         cpu_ffi.i32_pointer(cpu_ffi.argument(frame, 5)),
         cpu_ffi.i32_pointer(cpu_ffi.argument(frame, 6)),
         cpu_ffi.i32_pointer(cpu_ffi.argument(frame, 7)),
-        shape,
-        np.int64(cpu_ffi.i32_pointer(cpu_ffi.argument(frame, 9))[0]),
+        cpu_ffi.i32_pointer(cpu_ffi.argument(frame, 8))[0],
         cpu_ffi.result_dim(frame, 0, 0),
         cpu_ffi.result_dim(frame, 0, 1),
-        cpu_ffi.argument_dim(frame, 1, 0),
+        cpu_ffi.argument_dim(frame, 0, 1),
         cpu_ffi.argument_dim(frame, 1, 1),
-        cpu_ffi.argument_dim(frame, 2, 1),
-        np.int64(shape[4 + 3 * shape[3]]),
-        cpu_ffi.argument_dim(frame, 5, 1) // CHUNKS_PER_ITEM,
+        cpu_ffi.argument_dim(frame, 4, 1) // CHUNKS_PER_ITEM,
     )
     return 0
 
 
 @_jit
-def _add_products(
-    out,  # f32[N, count]
-    y,  # f32[N, T]
-    x,  # f32[d_in, T]
+def _add_tokens(
+    out,  # f32[count, N]
+    x,  # f32[T, d_in]
     pool,  # f32[P, E]
     num_items,
     first_token,  # i32[NW]
     pages,  # i32[NW, CG * W]
     owner,  # i32[NW, CG]
     token_adapter,  # i32[T]
-    shape,  # tile, offsets of A and B, projections, (column, columns, row) of each, ..
+    shape,  # tile, offsets of A and B, projections, (column, columns) of each
     first,
-    num_rows,
     count,
-    d_in,
-    num_tokens,
-    page_elems,
     num_columns,
+    d_in,
+    page_elems,
     chunk_pages,
 ):
-    for n in range(num_rows):
-        for t in range(count):
-            out[n * count + t] = y[n * num_tokens + first + t]
-    few_x = np.empty(min(BLOCK, count) * d_in, np.float32)
-    few_out = np.empty(min(BLOCK, count) * num_columns, np.float32)
-    mine = np.empty(BLOCK, np.bool_)
-    low = np.empty(BLOCK * RANKS, np.float32)
-    for at in range(0, count, BLOCK):
-        begin = first + at
-        for i in range(num_items):
-            start = max(begin, first_token[i])
-            end = min(first + count, begin + BLOCK, first_token[i] + shape[0])
-            c = np.int64(0)
-            while c < CHUNKS_PER_ITEM and start < end:
-                own = i * CHUNKS_PER_ITEM
-                adapter = owner[own + c]
-                chunks = np.int64(1)
-                while c + chunks < CHUNKS_PER_ITEM:
-                    if owner[own + c + chunks] != adapter:
-                        break
-                    chunks += 1
-                found = np.int64(0)
-                if adapter >= 0:
-                    found = _find(
-                        mine, start - begin, end - begin, begin, token_adapter, adapter
-                    )
-                if found >= _SIDE_BY_SIDE:
-                    add_block(
-                        out,
-                        count,
-                        at,
+    for n in range(count * num_columns):
+        out[n] = np.float32(0.0)
+    tile, a_offset, b_offset, projections = shape[0], shape[1], shape[2], shape[3]
+    mine = np.empty(count, np.int64)
+    low = np.empty(count * _RANKS, np.float32)
+    for i in range(num_items):
+        start = max(first, first_token[i])
+        end = min(first + count, first_token[i] + tile)
+        if start >= end:
+            continue
+        for c in range(CHUNKS_PER_ITEM):
+            adapter = owner[i * CHUNKS_PER_ITEM + c]
+            if adapter < 0:
+                continue
+            found = 0
+            for t in range(start, end):
+                if token_adapter[t] == adapter:
+                    mine[found] = t
+                    found += 1
+            if found == 0:
+                continue
+            chunk = (np.int64(i) * CHUNKS_PER_ITEM + c) * chunk_pages
+            for p in range(projections):
+                a = a_offset + p * _RANKS * d_in
+                for r in range(0, _RANKS, 4):
+                    _shrink(
+                        low,
+                        r,
                         x,
-                        num_tokens,
-                        begin,
                         mine,
-                        pool,
-                        page_elems,
-                        pages,
-                        (own + c) * chunk_pages,
-                        chunk_pages,
-                        chunks,
+                        found,
                         d_in,
-                        num_columns,
-                        shape,
+                        pool,
+                        pages,
+                        chunk,
+                        a + r * d_in,
+                        page_elems,
                     )
-                elif found > 0:
-                    _add_few(
+                column, columns = shape[4 + 2 * p], shape[5 + 2 * p]
+                for r in range(0, _RANKS, 4):
+                    _expand(
                         out,
-                        count,
-                        at,
-                        x,
-                        num_tokens,
-                        begin,
-                        mine,
-                        pool,
-                        page_elems,
-                        pages,
-                        (own + c) * chunk_pages,
-                        chunk_pages,
-                        chunks,
-                        d_in,
+                        first,
                         num_columns,
-                        shape,
-                        cpu_ffi.data(few_x),
-                        cpu_ffi.data(few_out),
-                        cpu_ffi.data(low),
+                        column,
+                        columns,
+                        low,
+                        r,
+                        mine,
+                        found,
+                        pool,
+                        pages,
+                        chunk,
+                        b_offset + r * num_columns + column,
+                        page_elems,
                     )
-                c += chunks
 
 
 @_jit
-def _find(mine, start, end, first, token_adapter, adapter):
-    """Mark an adapter's tokens among `start` to `end` of a block; return how many."""
-    found = 0
-    mine[:] = False
-    for j in range(start, end):
-        mine[j] = token_adapter[first + j] == adapter
-        found += mine[j]
-    return found
-
-
-@_jit
-def _add_few(
-    out,  # f32[N, count]
-    count,
-    at,
-    x,  # f32[d_in, T]
-    num_tokens,
-    first,
-    mine,  # bool[BLOCK]
-    pool,
-    page_elems,
-    pages,
-    chunk,
-    chunk_pages,
-    chunks,
-    d_in,
-    num_columns,
-    shape,
-    few_x,  # scratch f32[BLOCK, d_in]
-    few_out,  # scratch f32[BLOCK, columns of B]
-    low,  # scratch f32[BLOCK, RANKS]
-):
-    """Do what `add_block` does, token by token, for a few of them."""
-    found = 0
-    for j in range(BLOCK):
-        if mine[j]:
-            for d in range(d_in):
-                few_x[found * d_in + d] = x[d * num_tokens + first + j]
-            found += 1
-    for n in range(found * num_columns):
-        few_out[n] = np.float32(0.0)
-    for c in range(chunks):
-        here = chunk + c * chunk_pages
-        for p in range(shape[3]):
-            a = np.int64(shape[1]) + p * RANKS * d_in
-            for r in range(0, RANKS, 4):
-                _shrink(
-                    low,
-                    r,
-                    few_x,
-                    found,
-                    d_in,
-                    pool,
-                    pages,
-                    here,
-                    a + r * d_in,
-                    page_elems,
-                )
-            column, columns = np.int64(shape[4 + 3 * p]), np.int64(shape[5 + 3 * p])
-            for r in range(0, RANKS, 4):
-                _expand(
-                    few_out,
-                    num_columns,
-                    column,
-                    columns,
-                    low,
-                    r,
-                    found,
-                    pool,
-                    pages,
-                    here,
-                    shape[2] + r * num_columns + column,
-                    page_elems,
-                )
-    for p in range(shape[3]):
-        column, row = np.int64(shape[4 + 3 * p]), np.int64(shape[6 + 3 * p])
-        for n in range(shape[5 + 3 * p]):
-            o = (row + n) * count + at
-            i = column + n
-            for j in range(BLOCK):
-                if mine[j]:
-                    out[o + j] += few_out[i]
-                    i += num_columns
-
-
-@_jit
-def _shrink(low, r, x, found, d_in, pool, pages, chunk, offset, page_elems):
+def _shrink(low, r, x, mine, found, d_in, pool, pages, chunk, offset, page_elems):
     """Set low[token, r : r + 4] to the products with four rows of A at `offset`."""
     page = offset // page_elems
     at = offset - page * page_elems
@@ -310,7 +204,7 @@ def _shrink(low, r, x, found, d_in, pool, pages, chunk, offset, page_elems):
         a0 = np.int64(pages[chunk + page]) * page_elems + at
         a1, a2, a3 = a0 + d_in, a0 + 2 * d_in, a0 + 3 * d_in
         for j in range(found):
-            t = j * d_in
+            t = mine[j] * d_in
             h0 = h1 = h2 = h3 = np.float32(0.0)
             for d in range(d_in):
                 value = x[t + d]
@@ -318,14 +212,14 @@ def _shrink(low, r, x, found, d_in, pool, pages, chunk, offset, page_elems):
                 h1 += value * pool[a1 + d]
                 h2 += value * pool[a2 + d]
                 h3 += value * pool[a3 + d]
-            low[j * RANKS + r] = h0
-            low[j * RANKS + r + 1] = h1
-            low[j * RANKS + r + 2] = h2
-            low[j * RANKS + r + 3] = h3
+            low[j * _RANKS + r] = h0
+            low[j * _RANKS + r + 1] = h1
+            low[j * _RANKS + r + 2] = h2
+            low[j * _RANKS + r + 3] = h3
         return
     for row in range(4):  # rows that cross into the next page, piece by piece
         for j in range(found):
-            low[j * RANKS + r + row] = np.float32(0.0)
+            low[j * _RANKS + r + row] = np.float32(0.0)
         done = 0
         while done < d_in:
             place = offset + row * d_in + done
@@ -334,22 +228,24 @@ def _shrink(low, r, x, found, d_in, pool, pages, chunk, offset, page_elems):
             size = min(d_in - done, page_elems - at)
             a0 = np.int64(pages[chunk + page]) * page_elems + at
             for j in range(found):
-                t = j * d_in + done
+                t = mine[j] * d_in + done
                 h0 = np.float32(0.0)
                 for d in range(size):
                     h0 += x[t + d] * pool[a0 + d]
-                low[j * RANKS + r + row] += h0
+                low[j * _RANKS + r + row] += h0
             done += size
 
 
 @_jit
 def _expand(
     out,
+    first,
     num_columns,
     column,
     columns,
     low,
     r,
+    mine,
     found,
     pool,
     pages,
@@ -364,9 +260,9 @@ def _expand(
         b0 = np.int64(pages[chunk + page]) * page_elems + at
         b1, b2, b3 = b0 + num_columns, b0 + 2 * num_columns, b0 + 3 * num_columns
         for j in range(found):
-            o = j * num_columns + column
-            h0, h1 = low[j * RANKS + r], low[j * RANKS + r + 1]
-            h2, h3 = low[j * RANKS + r + 2], low[j * RANKS + r + 3]
+            o = (mine[j] - first) * num_columns + column
+            h0, h1 = low[j * _RANKS + r], low[j * _RANKS + r + 1]
+            h2, h3 = low[j * _RANKS + r + 2], low[j * _RANKS + r + 3]
             for n in range(columns):
                 out[o + n] += (
                     h0 * pool[b0 + n]
@@ -384,8 +280,8 @@ def _expand(
             size = min(columns - done, page_elems - at)
             b0 = np.int64(pages[chunk + page]) * page_elems + at
             for j in range(found):
-                o = j * num_columns + column + done
-                h0 = low[j * RANKS + r + row]
+                o = (mine[j] - first) * num_columns + column + done
+                h0 = low[j * _RANKS + r + row]
                 for n in range(size):
                     out[o + n] += h0 * pool[b0 + n]
             done += size

@@ -18,6 +18,7 @@ from jchameleon.pallas import (
     cpu_kv,
     cpu_lora,
     cpu_prefill_attention,
+    cpu_prefill_lora,
 )
 from jchameleon.pallas.multi_lora import (
     LoraWork,
@@ -189,6 +190,7 @@ def compile_operations(ops: Operations) -> None:
         cpu_ffi.register(cpu_prefill_attention.TARGET, cpu_prefill_attention.handle)
         cpu_ffi.register(cpu_kv.TARGET, cpu_kv.handle)
         cpu_ffi.register(cpu_lora.TARGET, cpu_lora.handle)
+        cpu_ffi.register(cpu_prefill_lora.TARGET, cpu_prefill_lora.handle)
 
 
 def keep_compiled(folder: Path) -> None:
