@@ -47,10 +47,12 @@ def rope_write_cpu(
     norms = jnp.zeros((2, 0), jnp.float32)  # none
     if q_norm is not None and k_norm is not None:
         norms = jnp.stack([q_norm, k_norm])
-    q = jax.ShapeDtypeStruct((heads, head_dim, num_tokens), jnp.float32)
     call = jax.ffi.ffi_call(
         TARGET,
-        (q, jax.ShapeDtypeStruct(pool.shape, pool.dtype)),
+        (
+            jax.ShapeDtypeStruct((heads, head_dim, num_tokens), jnp.float32),
+            jax.ShapeDtypeStruct(pool.shape, pool.dtype),
+        ),
         input_output_aliases={1: 1},
     )
     shape = np.array([kv_heads, block_tokens], np.int32)

@@ -59,21 +59,21 @@ def _spread(builder: Any, element: Any) -> Any:
 
 
 @intrinsic
-def product(  # type: ignore[no-untyped-def]
-    typing_context,
-    c,
-    c_at,
-    c_row,
-    a,
-    a_at,
-    a_row,
-    a_step,
-    b,
-    b_at,
-    b_step,
-    inner,
-    fresh,
-):
+def product(
+    typing_context: Any,
+    c: Any,
+    c_at: Any,
+    c_row: Any,
+    a: Any,
+    a_at: Any,
+    a_row: Any,
+    a_step: Any,
+    b: Any,
+    b_at: Any,
+    b_step: Any,
+    inner: Any,
+    fresh: Any,
+) -> Any:
     """Add A @ B to a tile of C, or set the tile to it where `fresh` is not 0.
 
     C[m, n] is element `c_at + m * c_row + n` of `c`, A[m, k] element
