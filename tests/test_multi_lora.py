@@ -210,6 +210,20 @@ def test_overflow_of_one_adapter_does_not_reach_others(dtype, num_tokens):
 
 
 @pytest.mark.parametrize("num_tokens", [16, 512])
+def test_infinite_adapter_does_not_reach_others_on_cpu(num_tokens):
+    world = mixed_world()
+    batch = np.array([4, -1, 3, 4] * (num_tokens // 4), np.int32)
+    y, x = random_inputs(world, "qkv", num_tokens)
+    clean = run("cpu", world, "qkv", y, x, batch, 1)
+    pool = world.pool.copy()
+    pool[world.pages[4].ravel()] = np.inf
+    found = run("cpu", dataclasses.replace(world, pool=pool), "qkv", y, x, batch, 1)
+    others = batch != 4
+    assert not np.isfinite(found[:, ~others]).any()
+    assert (found[:, others] == clean[:, others]).all()
+
+
+@pytest.mark.parametrize("num_tokens", [16, 512])
 def test_not_finite_token_does_not_reach_others(num_tokens):
     world = mixed_world()
     batch = np.array([4, -1, 3, 4] * (num_tokens // 4), np.int32)
