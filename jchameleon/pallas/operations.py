@@ -58,7 +58,7 @@ class Operations:
       paged_attention, multi_lora: see the functions of these names.
       write_kv: see the function; the layer norms and rotates before it.
       rope_write: all three as one operation, in place of `write_kv`; see
-        `gpu_kv.rope_write_gpu`.
+        `gpu_kv.rope_write_gpu` and `cpu_kv.rope_write_cpu`.
       build_lora: the work list that `multi_lora` takes, from the host's numpy arrays.
       build_blocks: likewise the argument `blocks` of `paged_attention`; None where it
         takes none.
