@@ -144,6 +144,23 @@ def test_packed_prefill_adapters_straddle_tiles(num_tokens):
     check(world, "qkv", np.full(num_tokens, -1), query_tile=32)
 
 
+def test_many_rows_of_any_adapters_match_addresses():
+    """Blocks of tokens side by side in which many adapters meet."""
+    world = mixed_world()
+    rng = np.random.default_rng(0)
+    check(world, "qkv", rng.integers(-1, len(MORE_RANKS), 512))
+    check(world, "qkv", np.repeat(rng.integers(-1, len(RANKS), 64), 8))
+
+
+@pytest.mark.parametrize("name", FUSED)
+@pytest.mark.parametrize("page_elems", [64, 4096])
+def test_long_prefill_of_every_group_matches_addresses(name, page_elems):
+    world = mixed_world(PROJECTIONS, model=WIDE_HEADS, page_elems=page_elems)
+    batch = np.repeat([6, 0, -1, 5, 4, 3, 6, 2, 1, -1, 5], 32)
+    batch[300:340] = -1
+    check(world, name, batch, query_tile=32)
+
+
 @pytest.mark.parametrize(("num_tokens", "query_tile"), [(16, 1), (64, 32)])
 def test_bfloat16_matches_addresses(num_tokens, query_tile):
     world = mixed_world(dtype="bfloat16")
@@ -172,11 +189,12 @@ def test_product_is_scale_b_a_x_of_the_adapter_file():
             np.testing.assert_allclose(found, expected, rtol=1e-4, atol=2e-3)
 
 
+@pytest.mark.parametrize("num_tokens", [16, 512])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_overflow_of_one_adapter_does_not_reach_others(dtype):
+def test_overflow_of_one_adapter_does_not_reach_others(dtype, num_tokens):
     world = mixed_world(dtype=dtype)
-    batch = np.array([4, -1, 3, 4] * 4, np.int32)
-    y, x = random_inputs(world, "qkv", 16)
+    batch = np.array([4, -1, 3, 4] * (num_tokens // 4), np.int32)
+    y, x = random_inputs(world, "qkv", num_tokens)
     x[:, 1::4] *= x.dtype.type(8)  # a base token that overflows there, were it let in
     clean = [run(form, world, "qkv", y, x, batch, 1) for form in forms(x.dtype)]
     huge = dataclasses.replace(world, pool=world.pool.copy())
@@ -191,14 +209,29 @@ def test_overflow_of_one_adapter_does_not_reach_others(dtype):
         assert (found[:, others] == before[:, others].astype(np.float32)).all(), form
 
 
-def test_not_finite_token_does_not_reach_others():
+@pytest.mark.parametrize("num_tokens", [16, 512])
+def test_infinite_adapter_does_not_reach_others_on_cpu(num_tokens):
     world = mixed_world()
-    batch = np.array([4, -1, 3, 4] * 4, np.int32)
-    y, x = random_inputs(world, "qkv", 16)
+    batch = np.array([4, -1, 3, 4] * (num_tokens // 4), np.int32)
+    y, x = random_inputs(world, "qkv", num_tokens)
+    clean = run("cpu", world, "qkv", y, x, batch, 1)
+    pool = world.pool.copy()
+    pool[world.pages[4].ravel()] = np.inf
+    found = run("cpu", dataclasses.replace(world, pool=pool), "qkv", y, x, batch, 1)
+    others = batch != 4
+    assert not np.isfinite(found[:, ~others]).any()
+    assert (found[:, others] == clean[:, others]).all()
+
+
+@pytest.mark.parametrize("num_tokens", [16, 512])
+def test_not_finite_token_does_not_reach_others(num_tokens):
+    world = mixed_world()
+    batch = np.array([4, -1, 3, 4] * (num_tokens // 4), np.int32)
+    y, x = random_inputs(world, "qkv", num_tokens)
     clean = {form: run(form, world, "qkv", y, x, batch, 1) for form in FORMS}
     x[:, [0, 5]] = [np.inf, np.nan]
     y[:, 5] = np.nan
-    others = np.delete(np.arange(16), [0, 5])
+    others = np.delete(np.arange(num_tokens), [0, 5])
     for form in FORMS:
         found = run(form, world, "qkv", y, x, batch, 1)
         assert (found[:, others] == clean[form][:, others]).all(), form

@@ -133,6 +133,13 @@ def test_block_of_any_power_of_two_matches_token_loop(block_tokens):
     check_step(shape, parts, num_tokens=8, tile=1)
 
 
+@pytest.mark.parametrize("block_tokens", [1, 24, 64])
+def test_prefill_in_blocks_of_any_size_matches_token_loop(block_tokens):
+    shape = Shape(heads=4, kv_heads=2, head_dim=6, block_tokens=block_tokens)
+    parts = [Part(0, 79), Part(111, 17), Part(63, 34)]
+    check_step(shape, parts, num_tokens=192, tile=32)
+
+
 def test_table_shorter_than_a_loop_turn_matches_token_loop():
     shape = Shape(heads=2, kv_heads=1, head_dim=6)
     parts = [Part(0, 1), Part(33, 1), Part(47, 1)]

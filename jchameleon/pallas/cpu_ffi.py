@@ -88,6 +88,35 @@ def float_from_bits(typing_context: Any, bits: Any) -> Any:
     return types.float32(types.int32), generate
 
 
+@intrinsic
+def data(typing_context: Any, array: Any) -> Any:
+    """Return a bare pointer to a contiguous array, which has to outlive it.
+
+    Elements of an array are reached by way of a test for negative places, which keeps
+    loops from becoming vectors; those of a pointer are not.
+    """
+    del typing_context
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        kind = signature.args[0]
+        return context.make_array(kind)(context, builder, args[0]).data
+
+    return types.CPointer(array.dtype)(array), generate
+
+
+@intrinsic
+def floor(typing_context: Any, x: Any) -> Any:
+    """Return the largest whole f32 that is not above `x`; numba's goes by i64."""
+    del typing_context, x
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        del context, signature
+        function = builder.module.declare_intrinsic("llvm.floor", [ir.FloatType()])
+        return builder.call(function, args)
+
+    return types.float32(types.float32), generate
+
+
 @numba.njit
 def answers_query(frame: int) -> bool:
     """Answer XLA's question for the API version; return whether that was the call."""
@@ -129,9 +158,9 @@ def result_dim(frame: int, index: int, axis: int) -> int:
     return load_i64(load_i64(_buffer(frame, _RETS, index) + _DIMS) + 8 * axis)
 
 
-def parts(units: int) -> Iterator[tuple[int, int]]:
-    """Yield (first unit, units) of each call, at most `PARTS` of about equal size."""
-    size, larger = divmod(units, min(units, PARTS))
+def parts(units: int, most: int = PARTS) -> Iterator[tuple[int, int]]:
+    """Yield (first unit, units) of each call, at most `most` of about equal size."""
+    size, larger = divmod(units, min(units, most))
     first = 0
     while first < units:
         count = size + (larger > 0)

@@ -3,6 +3,7 @@
 Same contract as `multi_lora`. A call takes the tokens of its part and, chunk by chunk
 of the work list, adds `B (A x)` to those of them that the chunk's adapter owns. Nothing
 is gathered or packed, so the cost is the bytes of the true ranks, read once a part.
+Steps of many tokens go to `cpu_prefill_lora`.
 """
 
 import jax
@@ -12,7 +13,7 @@ import numpy as np
 from jax import lax
 
 from jchameleon.lora.layout import GroupLayout
-from jchameleon.pallas import cpu_ffi
+from jchameleon.pallas import cpu_ffi, cpu_prefill_lora
 from jchameleon.pallas.multi_lora import CHUNKS_PER_ITEM, LoraWork, tile_tokens
 
 TARGET = "jchameleon_multi_lora"
@@ -33,14 +34,18 @@ def multi_lora_cpu(
 
     A step of base rows alone passes `y` on.
     """
+    if cpu_prefill_lora.serves(x.shape[1]):
+        add = cpu_prefill_lora.add_products
+    else:
+        add = _add_products
     return lax.cond(
         work.count > 0,
-        lambda: y + _delta(y, x, pool, work, group=group),
+        lambda: add(y, x, pool, work, group=group),
         lambda: y,
     )
 
 
-def _delta(
+def _add_products(
     y: jax.Array,  # f32[N, T]
     x: jax.Array,  # f32[d_in, T]
     pool: jax.Array,  # f32[P, E]
@@ -48,7 +53,6 @@ def _delta(
     *,
     group: GroupLayout,
 ) -> jax.Array:  # f32[N, T]
-    """Return the product to be added to `y`."""
     num_tokens = x.shape[1]
     num_columns = group.b_shape[1]
     columns = [number for p in group.projections for number in group.columns[p]]
@@ -88,14 +92,14 @@ def _delta(
         pieces.append(delta[start : start + size])
         row = first_row + size
     pieces.append(jnp.zeros((y.shape[0] - row, num_tokens), y.dtype))
-    return jnp.concatenate(pieces)
+    return y + jnp.concatenate(pieces)
 
 
 def handle(frame: int) -> int:
     """Unpack XLA's call; see `multi_lora_cpu` for the arguments."""
     if cpu_ffi.answers_query(frame):
         return 0
-    _add_products(
+    _add_tokens(
         cpu_ffi.f32_pointer(cpu_ffi.result(frame, 0)),
         cpu_ffi.f32_pointer(cpu_ffi.argument(frame, 0)),
         cpu_ffi.f32_pointer(cpu_ffi.argument(frame, 1)),
@@ -116,7 +120,7 @@ def handle(frame: int) -> int:
 
 
 @_jit
-def _add_products(
+def _add_tokens(
     out,  # f32[count, N]
     x,  # f32[T, d_in]
     pool,  # f32[P, E]

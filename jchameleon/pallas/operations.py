@@ -12,7 +12,14 @@ import numpy as np
 
 from jchameleon.config import ModelConfig
 from jchameleon.errors import ConfigError
-from jchameleon.pallas import cpu_attention, cpu_ffi, cpu_lora
+from jchameleon.pallas import (
+    cpu_attention,
+    cpu_ffi,
+    cpu_kv,
+    cpu_lora,
+    cpu_prefill_attention,
+    cpu_prefill_lora,
+)
 from jchameleon.pallas.multi_lora import (
     LoraWork,
     build_lora_work,
@@ -51,7 +58,7 @@ class Operations:
       paged_attention, multi_lora: see the functions of these names.
       write_kv: see the function; the layer norms and rotates before it.
       rope_write: all three as one operation, in place of `write_kv`; see
-        `gpu_kv.rope_write_gpu`.
+        `gpu_kv.rope_write_gpu` and `cpu_kv.rope_write_cpu`.
       build_lora: the work list that `multi_lora` takes, from the host's numpy arrays.
       build_blocks: likewise the argument `blocks` of `paged_attention`; None where it
         takes none.
@@ -79,6 +86,7 @@ CPU = Operations(
     name="cpu",
     paged_attention=cpu_attention.paged_attention_cpu,
     multi_lora=cpu_lora.multi_lora_cpu,
+    rope_write=cpu_kv.rope_write_cpu,
 )
 """Loops that `compile_operations` compiles with numba; float32 on CPU."""
 
@@ -179,7 +187,10 @@ def compile_operations(ops: Operations) -> None:
     """Compile what XLA does not compile itself, or read it from the cache."""
     if ops is CPU:
         cpu_ffi.register(cpu_attention.TARGET, cpu_attention.handle)
+        cpu_ffi.register(cpu_prefill_attention.TARGET, cpu_prefill_attention.handle)
+        cpu_ffi.register(cpu_kv.TARGET, cpu_kv.handle)
         cpu_ffi.register(cpu_lora.TARGET, cpu_lora.handle)
+        cpu_ffi.register(cpu_prefill_lora.TARGET, cpu_prefill_lora.handle)
 
 
 def keep_compiled(folder: Path) -> None:
