@@ -164,8 +164,10 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     return {"median": median, "min": min(values), "max": max(values)}
 
 
-def paired_ratios(samples: Samples) -> dict[str, dict[str, float]]:
-    """Return the spread of each of `RATIOS` whose rows ran, pairing runs by repeat."""
+def paired_ratios(
+    samples: Samples, ratios: Sequence[tuple[str, str, str]] = RATIOS
+) -> dict[str, dict[str, float]]:
+    """Return the spread of each ratio whose rows ran, pairing runs by repeat."""
     return {
         name: spread(
             [
@@ -173,7 +175,7 @@ def paired_ratios(samples: Samples) -> dict[str, dict[str, float]]:
                 for a, b in zip(samples[above], samples[below], strict=True)
             ]
         )
-        for name, above, below in RATIOS
+        for name, above, below in ratios
         if above in samples and below in samples
     }
 
