@@ -26,7 +26,13 @@ from typing import Any
 
 from bench_engine import BARS as ENGINE_BARS
 from bench_engine import measure_engine, print_engine
-from bench_machine import calibrate, describe_machine, hold_to_cores, versions
+from bench_machine import (
+    calibrate,
+    describe_machine,
+    hold_to_cores,
+    unrest,
+    versions,
+)
 from bench_ours import Ours, write_adapters
 from bench_workload import (
     BARS,
@@ -49,9 +55,6 @@ from jchameleon.config import ModelConfig
 from jchameleon.models.loader import load_model
 
 PACKAGES = ("numpy", "jax", "jaxlib", "flax", *PEER_PACKAGES)
-
-QUIET_DRIFT = 1.25
-"""Rates of a machine that does nothing else stay within this factor of each other."""
 
 
 def measure(
@@ -84,7 +87,10 @@ def play(
     systems: Mapping[str, Any],
     vocab_size: int,
 ) -> dict[str, list[Sample]]:
-    """Run every case once, shortened, and then `repeats` times, all in turn."""
+    """Run every case once, shortened, and then `repeats` times, all in turn.
+
+    A system whose `run` returns None could not; that sample is left out.
+    """
     samples: dict[str, list[Sample]] = {case.key: [] for case in cases}
     for repeat in range(settings.repeats + 1):
         # New prompts each time: none may profit from having seen them.
@@ -93,8 +99,9 @@ def play(
         for case in cases[:: -1 if repeat % 2 else 1]:
             gc.collect()
             system = systems[case.system]
-            sample = system.run(case, prompts, output_tokens=output_tokens)
-            if repeat:  # the first warms up
+            most = case.output_tokens or output_tokens
+            sample = system.run(case, prompts, output_tokens=min(most, output_tokens))
+            if repeat and sample is not None:  # the first warms up
                 samples[case.key].append(sample)
         print(f"round {repeat} of {settings.repeats} done", file=sys.stderr)
     return samples
@@ -201,13 +208,10 @@ def print_report(report: Mapping[str, Any]) -> None:
             f"calibration at {when}: {rates['gemm_gflops']:.0f} GFLOP/s, "
             f"{rates['read_gbps']:.1f} GB/s"
         )
-    start, end = report["calibration"].values()
-    drift = max(max(start[k] / end[k], end[k] / start[k]) for k in start)
-    if drift > QUIET_DRIFT or report["load_average"] > settings["threads"] / 2:
-        print(
-            f"THE MACHINE WAS NOT QUIET (calibration moved {drift:.2f}x, load "
-            f"{report['load_average']:.1f} at the start): do not use these figures"
-        )
+    if warning := unrest(
+        report["calibration"], report["load_average"], threads=settings["threads"]
+    ):
+        print(warning)
     print(
         f"\n{'':36} {'output tok/s':>22} {'TTFT s':>7} {'last':>6} {'decode ms':>10} "
         f"{'floor s':>8} {'x floor':>8}"

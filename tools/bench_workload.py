@@ -61,6 +61,7 @@ class Case:
         registered) or "peers".
       adapters: name -> rank; requests take them in turn. None are the base model.
       cold: adapters are new to the device each time; else they are resident.
+      output_tokens: fewer than the workload has, if given.
     """
 
     key: str
@@ -68,6 +69,7 @@ class Case:
     system: str
     adapters: Mapping[str, int]
     cold: bool = False
+    output_tokens: int | None = None
 
     def names(self, num_requests: int) -> list[str | None]:
         """Return the adapter of each request."""
