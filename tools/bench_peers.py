@@ -64,10 +64,14 @@ QUICK_TRACE: dict[str, Any] = {
     "max_model_len": 64,
     "few": 10,
     "many": 20,
-    "max_running": 8,
+    "max_running": 4,
+    "max_batch_tokens": 64,
     "repeats": 1,
 }
 """As `bench_workload.QUICK`: figures mean nothing."""
+
+QUICK_ENGINE = {**QUICK["engine"], "max_batch_tokens": 64}
+"""Fewer programs start sooner."""
 
 
 def run_bench(
@@ -76,12 +80,14 @@ def run_bench(
     *,
     vllm_python: Path | None,
     notes: Mapping[str, str],
+    fill_caches: bool = True,
 ) -> dict[str, Any]:
     """Measure everything and return the report that is printed and kept as JSON.
 
     Args:
       vllm_python: where vLLM is installed; None runs without it.
       notes: about peers that do not run, by their name.
+      fill_caches: start once before the starts that are timed.
     """
     sizes = {
         "threads": settings.threads,
@@ -106,7 +112,8 @@ def run_bench(
             "output_tokens": settings.output_tokens,
         }
         memory = measure_memory(memory_config, loaded)
-        measure_start(settings.model)  # fills the caches
+        if fill_caches:
+            measure_start(settings.model)
         starts_s = [measure_start(settings.model) for _ in range(settings.repeats)]
         served = measure_trace(trace, loaded, folder / "trace")
     after = calibrate(**sizes)
@@ -262,7 +269,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 def main() -> None:
     args = parse(sys.argv[1:])
-    values = dict(QUICK) if args.quick else {}
+    values = {**QUICK, "engine": QUICK_ENGINE} if args.quick else {}
     trace_values = dict(QUICK_TRACE) if args.quick else {}
     if args.model is not None:
         values["model"] = args.model
@@ -286,7 +293,11 @@ def main() -> None:
         where = "" if vllm_python is None else f" for {vllm_python}"
         notes["vLLM"], vllm_python = f"not installed{where}", None
     report = run_bench(
-        settings, TraceSettings(**trace_values), vllm_python=vllm_python, notes=notes
+        settings,
+        TraceSettings(**trace_values),
+        vllm_python=vllm_python,
+        notes=notes,
+        fill_caches=not args.quick,
     )
     print_report(report)
     if args.json is not None:

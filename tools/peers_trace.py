@@ -59,6 +59,7 @@ class TraceSettings:
     many: int = 1_000
     many_share: float = 0.10
     max_running: int = 32
+    max_batch_tokens: int = 512
     repeats: int = 3
     seed: int = 0
     dtype: str = "float32"
@@ -108,6 +109,7 @@ class TraceWorkload:
             "max_lora_rank": max(self._shapes[count].ranks),
             "max_model_len": settings.max_model_len,
             "max_running": settings.max_running,
+            "max_batch_tokens": settings.max_batch_tokens,
             # Base rows and adapters run the same prompts, one after the other.
             "prefix_cache": False,
         }
