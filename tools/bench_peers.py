@@ -21,6 +21,7 @@ import argparse
 import dataclasses
 import json
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -285,6 +286,8 @@ def main() -> None:
     missing = missing_packages()
     settings = Settings(**values, peers=not missing)
     hold_to_cores(settings.threads)
+    # Ends as an error does: vLLM's stopped processes and 12 GB must not be left behind.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     notes = {}
     if missing:
         notes["transformers + PEFT"] = f"not run, {', '.join(missing)} not installed"
