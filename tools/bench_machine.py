@@ -5,7 +5,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,9 @@ import jax
 import numpy as np
 
 CALIBRATION_REPEATS = 5
+
+QUIET_DRIFT = 1.25
+"""Rates of a machine that does nothing else stay within this factor of each other."""
 
 
 def hold_to_cores(num_cores: int) -> None:
@@ -74,6 +77,29 @@ def calibrate(*, threads: int, gemm_width: int, read_bytes: int) -> dict[str, fl
         "gemm_gflops": 2 * gemm_width**3 / gemm_s / 1e9,
         "read_gbps": sum(part.nbytes for part in parts) / read_s / 1e9,
     }
+
+
+def unrest(
+    calibration: Mapping[str, Mapping[str, float]],
+    load_average: float,
+    *,
+    threads: int,
+) -> str:
+    """Return a warning if others used the machine during a run, else "".
+
+    Args:
+      calibration: rates by name, at "start" and "end".
+      load_average: at the start.
+      threads: cores that the run used.
+    """
+    start, end = calibration["start"], calibration["end"]
+    drift = max(max(start[k] / end[k], end[k] / start[k]) for k in start)
+    if drift <= QUIET_DRIFT and load_average <= threads / 2:
+        return ""
+    return (
+        f"THE MACHINE WAS NOT QUIET (calibration moved {drift:.2f}x, load "
+        f"{load_average:.1f} at the start): do not use these figures"
+    )
 
 
 def best_s(action: Callable[[], Any]) -> float:

@@ -20,16 +20,20 @@ import os
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from bench_engine import BARS as ENGINE_BARS
 from bench_engine import measure_engine, print_engine
-from bench_machine import calibrate, describe_machine, hold_to_cores, versions
-from bench_peers import PACKAGES as PEER_PACKAGES
-from bench_peers import Peers, missing_packages
+from bench_machine import (
+    calibrate,
+    describe_machine,
+    hold_to_cores,
+    unrest,
+    versions,
+)
+from bench_ours import Ours, write_adapters
 from bench_workload import (
     BARS,
     QUICK,
@@ -43,111 +47,20 @@ from bench_workload import (
     same_outputs,
     spread,
 )
-from random_adapters import write_random_adapter
+from peer_peft import PACKAGES as PEER_PACKAGES
+from peer_peft import Peers, missing_packages
 
-from jchameleon import LLM, SamplingParams, __version__
+from jchameleon import __version__
 from jchameleon.config import ModelConfig
 from jchameleon.models.loader import load_model
 
 PACKAGES = ("numpy", "jax", "jaxlib", "flax", *PEER_PACKAGES)
 
-QUIET_DRIFT = 1.25
-"""Rates of a machine that does nothing else stay within this factor of each other."""
-
-
-class Ours:
-    """Two engines, so that base rows with and without adapters run in turn."""
-
-    def __init__(self, settings: Settings, adapters: Mapping[str, Path], folder: Path):
-        """Start both; `folder` takes the adapters of cold cases."""
-        options = {
-            "dtype": settings.dtype,
-            "lora_targets": settings.targets,
-            # Cases run the same prompts, and peers run each token of them.
-            "prefix_cache": False,
-            **settings.engine,
-        }
-        self._settings = settings
-        self._folder = folder
-        self._num_cold = 0
-        # Programs without LoRA, the most that rows of the base model can hope for.
-        self._plain = LLM(settings.model, **{**options, "lora_targets": ()})
-        self._llm = LLM(settings.model, adapters=adapters, **options)
-
-    def run(
-        self, case: Case, prompts: list[list[int]], *, output_tokens: int
-    ) -> Sample:
-        """Make the case's adapters resident, or new where it is cold, and time it."""
-        llm = self._plain if case.system == "plain" else self._llm
-        names = case.names(len(prompts))
-        if case.cold:
-            names = self._add_new_adapters(case)
-        elif case.adapters:
-            once = SamplingParams(max_tokens=1, temperature=0.0)
-            llm.generate([[0]] * len(prompts), adapters=names, sampling=once)
-        sampling = SamplingParams(
-            max_tokens=output_tokens, temperature=0.0, ignore_eos=True
-        )
-        start_s = time.monotonic()
-        outs = llm.generate(prompts, adapters=names, sampling=sampling)
-        wall_s = time.monotonic() - start_s
-        ttft_s = [out.timing.ttft_s for out in outs if out.timing.ttft_s is not None]
-        if any(len(out.token_ids) != output_tokens for out in outs):
-            raise RuntimeError(f"{case.label}: {[out.error for out in outs]}")
-        records = [r for r in llm.step_records if r.start_s >= start_s]
-        decodes = [r for r in records if not r.prefill]
-        widest = max((len(r.decode) for r in decodes), default=0)
-        return Sample(
-            wall_s=wall_s,
-            ttft_s=ttft_s,
-            decode_step_s=[r.duration_s for r in decodes if len(r.decode) == widest],
-            prefill_s=sum(r.duration_s for r in records if r.prefill),
-            misses=sum(out.timing.adapter_cache_hit is False for out in outs),
-            tokens=[out.token_ids for out in outs],
-        )
-
-    def close(self) -> None:
-        """Stop both engines."""
-        self._plain.close()
-        self._llm.close()
-
-    def _add_new_adapters(self, case: Case) -> list[str | None]:
-        """Register adapters whose content the engine has never seen."""
-        self._num_cold += 1
-        paths = write_adapters(
-            self._settings,
-            self._llm.model_config,
-            {f"{n}-{self._num_cold}": rank for n, rank in case.adapters.items()},
-            self._folder,
-            seed=self._settings.seed + 10_000 * self._num_cold,
-        )
-        for name, path in paths.items():
-            self._llm.register_adapter(name, path)
-        return list(paths)
-
-
-def write_adapters(
-    settings: Settings,
-    model: ModelConfig,
-    ranks: Mapping[str, int],
-    folder: Path,
-    *,
-    seed: int,
-) -> dict[str, Path]:
-    """Write one random adapter per name and return their directories."""
-    return {
-        name: write_random_adapter(
-            folder / name, model, rank=rank, targets=settings.targets, seed=seed + i
-        )
-        for i, (name, rank) in enumerate(ranks.items())
-    }
-
 
 def measure(
     settings: Settings, cases: Sequence[Case]
 ) -> tuple[ModelConfig, dict[str, list[Sample]]]:
-    """Run every case once, shortened, and then `repeats` times, all in turn."""
-    samples: dict[str, list[Sample]] = {case.key: [] for case in cases}
+    """Start all systems and play every case on them."""
     ranks = {name: rank for case in cases for name, rank in case.adapters.items()}
     of_peers = {n for c in cases if c.system == "peers" for n in c.adapters}
     loaded = load_model(settings.model, dtype="float32")
@@ -163,24 +76,35 @@ def measure(
         ours = Ours(settings, paths, folder)
         systems |= {"plain": ours, "ours": ours}
         try:
-            for repeat in range(settings.repeats + 1):
-                # New prompts each time: none may profit from having seen them.
-                prompts = random_prompts(
-                    settings, model.vocab_size, settings.seed + repeat
-                )
-                for case in cases[:: -1 if repeat % 2 else 1]:
-                    gc.collect()
-                    sample = systems[case.system].run(
-                        case,
-                        prompts,
-                        output_tokens=settings.output_tokens if repeat else 2,
-                    )
-                    if repeat:  # the first warms up
-                        samples[case.key].append(sample)
-                print(f"round {repeat} of {settings.repeats} done", file=sys.stderr)
+            return model, play(settings, cases, systems, model.vocab_size)
         finally:
             ours.close()
-    return model, samples
+
+
+def play(
+    settings: Settings,
+    cases: Sequence[Case],
+    systems: Mapping[str, Any],
+    vocab_size: int,
+) -> dict[str, list[Sample]]:
+    """Run every case once, shortened, and then `repeats` times, all in turn.
+
+    A system whose `run` returns None could not; that sample is left out.
+    """
+    samples: dict[str, list[Sample]] = {case.key: [] for case in cases}
+    for repeat in range(settings.repeats + 1):
+        # New prompts each time: none may profit from having seen them.
+        prompts = random_prompts(settings, vocab_size, settings.seed + repeat)
+        output_tokens = settings.output_tokens if repeat else 2
+        for case in cases[:: -1 if repeat % 2 else 1]:
+            gc.collect()
+            system = systems[case.system]
+            most = case.output_tokens or output_tokens
+            sample = system.run(case, prompts, output_tokens=min(most, output_tokens))
+            if repeat and sample is not None:  # the first warms up
+                samples[case.key].append(sample)
+        print(f"round {repeat} of {settings.repeats} done", file=sys.stderr)
+    return samples
 
 
 def summarise(case: Case, runs: Sequence[Sample], floor_s: dict) -> dict[str, Any]:
@@ -289,13 +213,10 @@ def print_report(report: Mapping[str, Any]) -> None:
             f"calibration at {when}: {rates['gemm_gflops']:.0f} GFLOP/s, "
             f"{rates['read_gbps']:.1f} GB/s"
         )
-    start, end = report["calibration"].values()
-    drift = max(max(start[k] / end[k], end[k] / start[k]) for k in start)
-    if drift > QUIET_DRIFT or report["load_average"] > settings["threads"] / 2:
-        print(
-            f"THE MACHINE WAS NOT QUIET (calibration moved {drift:.2f}x, load "
-            f"{report['load_average']:.1f} at the start): do not use these figures"
-        )
+    if warning := unrest(
+        report["calibration"], report["load_average"], threads=settings["threads"]
+    ):
+        print(warning)
     print(
         f"\n{'':36} {'output tok/s':>22} {'TTFT s':>7} {'last':>6} {'decode ms':>10} "
         f"{'floor s':>8} {'x floor':>8}"

@@ -66,6 +66,7 @@ class Case:
         registered) or "peers".
       adapters: name -> rank; requests take them in turn. None are the base model.
       cold: adapters are new to the device each time; else they are resident.
+      output_tokens: fewer than the workload has, if given.
     """
 
     key: str
@@ -73,6 +74,7 @@ class Case:
     system: str
     adapters: Mapping[str, int]
     cold: bool = False
+    output_tokens: int | None = None
 
     def names(self, num_requests: int) -> list[str | None]:
         """Return the adapter of each request."""
@@ -169,8 +171,10 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     return {"median": median, "min": min(values), "max": max(values)}
 
 
-def paired_ratios(samples: Samples) -> dict[str, dict[str, float]]:
-    """Return the spread of each of `RATIOS` whose rows ran, pairing runs by repeat."""
+def paired_ratios(
+    samples: Samples, ratios: Sequence[tuple[str, str, str]] = RATIOS
+) -> dict[str, dict[str, float]]:
+    """Return the spread of each ratio whose rows ran, pairing runs by repeat."""
     return {
         name: spread(
             [
@@ -178,7 +182,7 @@ def paired_ratios(samples: Samples) -> dict[str, dict[str, float]]:
                 for a, b in zip(samples[above], samples[below], strict=True)
             ]
         )
-        for name, above, below in RATIOS
+        for name, above, below in ratios
         if above in samples and below in samples
     }
 
