@@ -14,8 +14,11 @@ from jchameleon.lora.adapter import HostAdapter, LoraPair
 from jchameleon.lora.layout import ChunkLayout
 from jchameleon.models.dense import dense_logits, from_host
 from jchameleon.models.llama import Llama
+from jchameleon.models.loader import load_model
 from jchameleon.models.params import numpy_dtype, random_params
 from jchameleon.pallas.multi_lora import LoraWork, build_lora_work, max_work_items
+from jchameleon.pallas.operations import XLA
+from jchameleon.runtime import setup
 from jchameleon.runtime.programs import ModelParams, StepBatch, model_step
 
 TINY = ModelConfig.preset("tiny")
@@ -358,3 +361,11 @@ def test_bfloat16_stays_near_numpy():
         assert found.dtype == np.float32
         error = found - wanted[start + length - 1]
         assert np.sqrt(np.mean(error**2)) < 0.03 * wanted.std()
+
+
+def test_parameters_on_a_cpu_are_the_loaded_arrays():
+    loaded = load_model("tiny", dtype="float32")
+    placed = setup._place_params(loaded, XLA)
+    addresses = {leaf.unsafe_buffer_pointer() for leaf in placed.leaves}
+    arrays = jax.tree.leaves(loaded.params)
+    assert {array.ctypes.data for array in arrays} == addresses

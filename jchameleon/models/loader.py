@@ -43,7 +43,8 @@ class LoadedModel(ModelCard):
     """A model in host memory.
 
     Attributes:
-      params: the tree of `jchameleon.models.params`, numpy f32 or bf16.
+      params: the tree of `jchameleon.models.params`, numpy f32 or bf16. Engines on a
+        CPU compute with these very arrays, so nobody may write to them.
     """
 
     params: Params

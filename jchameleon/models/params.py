@@ -10,6 +10,7 @@ Variants add to each layer "qkv_bias" [q_dim + 2 * kv_dim], "o_bias" [D], "q_nor
 Mistral, Qwen2 and Qwen3 checkpoints.
 """
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -108,16 +109,29 @@ def param_shapes(config: ModelConfig) -> dict[str, Any]:
     return shapes
 
 
+ALIGNMENT_BYTES = 64
+"""On a CPU jax takes an array as it is, without a copy, if it begins at a multiple of
+this (XLA's `MinAlign`)."""
+
+
 def allocate(config: ModelConfig, dtype: np.dtype) -> Params:
     """Return the parameter tree with every array allocated and none filled."""
     shapes = param_shapes(config)
     layers = shapes.pop("layers")
-    params: Params = {name: np.empty(shape, dtype) for name, shape in shapes.items()}
+    params: Params = {name: _empty(shape, dtype) for name, shape in shapes.items()}
     params["layers"] = [
-        {name: np.empty(shape, dtype) for name, shape in layer.items()}
+        {name: _empty(shape, dtype) for name, shape in layer.items()}
         for layer in layers
     ]
     return params
+
+
+def _empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Return an array that begins where a device array on a CPU may begin."""
+    num_bytes = math.prod(shape) * dtype.itemsize
+    memory = np.empty(num_bytes + ALIGNMENT_BYTES, np.uint8)
+    start = -memory.ctypes.data % ALIGNMENT_BYTES
+    return memory[start : start + num_bytes].view(dtype).reshape(shape)
 
 
 def tensor_views(config: ModelConfig, params: Params) -> dict[str, np.ndarray]:

@@ -5,7 +5,6 @@ import tempfile
 from collections.abc import Iterable, Sequence
 
 import jax
-import jax.numpy as jnp
 
 from jchameleon.config import (
     ATTENTION_PROJECTIONS,
@@ -223,11 +222,14 @@ def build_planner(config: EngineConfig, num_pages: int) -> Planner:
 
 
 def _place_params(loaded: LoadedModel, ops: Operations) -> ModelParams:
-    """Put a loaded parameter tree on the default device; compile `ops` meanwhile."""
+    """Put a loaded parameter tree on the default device; compile `ops` meanwhile.
+
+    On a CPU the arrays share the tree's memory where it is aligned, so nobody may write
+    to the tree any more.
+    """
     with concurrent.futures.ThreadPoolExecutor(1) as compiler:
         compiled = compiler.submit(compile_operations, ops)
-        params = ModelParams.from_model(
-            Llama(loaded.config, jax.tree.map(jnp.asarray, loaded.params))
-        )
+        placed = jax.device_put(loaded.params, jax.devices()[0], may_alias=True)
+        params = ModelParams.from_model(Llama(loaded.config, placed))
         compiled.result()
     return params
