@@ -19,6 +19,7 @@ from flax import nnx
 from jax import lax
 
 from jchameleon.config import ModelConfig, RopeScaling
+from jchameleon.pallas.product import Product, matmul
 
 Attend = Callable[[jax.Array], jax.Array]
 """(qkv f[N, T], before norms and rotation: `LlamaLayer.split_heads`) -> f[H, HD, T]."""
@@ -66,23 +67,25 @@ class LlamaLayer(nnx.Module):
         *,
         attend: Attend,
         adapt: Adapt = no_adapter,
+        product: Product = matmul,
     ) -> jax.Array:  # f[D, T]
         """Return the residual stream after this layer."""
         config = self.config
         num_tokens = x.shape[1]
         with jax.named_scope("attention"):
             h = rms_norm(x, self.attn_norm[...], config.rms_norm_eps)
-            y = add_bias(self.qkv[...] @ h, self.qkv_bias)
+            y = add_bias(product(self.qkv[...], h), self.qkv_bias)
             qkv = adapt("qkv", h, y)  # [q_dim + 2 kv_dim, T]
             out = attend(qkv).reshape(config.q_dim, num_tokens)
-            # The stream first: XLA adds it within the product, where no adapter waits.
-            x = adapt("o", out, x + add_bias(self.o[...] @ out, self.o_bias))
+            # The stream goes in: it is added within the product.
+            y = add_bias(product(self.o[...], out, x), self.o_bias)
+            x = adapt("o", out, y)
         with jax.named_scope("mlp"):
             h = rms_norm(x, self.mlp_norm[...], config.rms_norm_eps)
-            gate_up = adapt("gate_up", h, self.gate_up[...] @ h)  # [2 F, T]
+            gate_up = adapt("gate_up", h, product(self.gate_up[...], h))  # [2 F, T]
             gate, up = jnp.split(gate_up, 2, axis=0)
             h = jax.nn.silu(gate) * up
-            return adapt("down", h, x + self.down[...] @ h)
+            return adapt("down", h, product(self.down[...], h, x))
 
     def split_heads(
         self,
@@ -132,11 +135,11 @@ class Llama(nnx.Module):
         )
         return jnp.cos(angles), jnp.sin(angles)
 
-    def logits(self, x: jax.Array) -> jax.Array:
+    def logits(self, x: jax.Array, *, product: Product = matmul) -> jax.Array:
         """Return f[V, T] for the residual stream f[D, T] after the last layer."""
         h = rms_norm(x, self.final_norm[...], self.config.rms_norm_eps)
         head = self.embed if self.lm_head is None else self.lm_head
-        return head[...] @ h
+        return product(head[...], h)
 
 
 @jax.named_scope("rms_norm")

@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 # Byte offsets, all fields eight bytes wide (an int is padded to eight).
 _EXTENSION, _API, _ARGS, _RETS = 8, 16, 40, 80  # of XLA_FFI_CallFrame
+_NUM_BUFFERS = 16  # XLA_FFI_Args: how many buffers
 _SIZE_TO_BUFFERS = 32  # XLA_FFI_Args, XLA_FFI_Rets: the array of buffer pointers
 _DATA, _DIMS = 24, 40  # of XLA_FFI_Buffer
 _API_VERSION = 32  # major and minor in XLA_FFI_Api, as one word
@@ -132,6 +133,12 @@ def answers_query(frame: int) -> bool:
 @numba.njit
 def _buffer(frame: int, operands: int, index: int) -> int:
     return load_i64(load_i64(frame + operands + _SIZE_TO_BUFFERS) + 8 * index)
+
+
+@numba.njit
+def num_arguments(frame: int) -> int:
+    """Return how many arguments a call has."""
+    return load_i64(frame + _ARGS + _NUM_BUFFERS)
 
 
 @numba.njit

@@ -23,6 +23,10 @@ ROWS = 8 if LANES == 16 else 4
 """Rows of a tile: with two sums each, and what they are made of, they fit in the 32
 registers of AVX-512 or the 16 of AVX, and are enough for additions to overlap."""
 
+AHEAD = 2
+"""Tiles between the one that is computed and the one that is fetched. A core's own
+prefetching follows rows one by one, and stops at their pages' ends."""
+
 _ELEMENT = ir.FloatType()
 _VECTOR = ir.VectorType(_ELEMENT, LANES)
 _INDEX = ir.IntType(64)
@@ -49,6 +53,15 @@ def _load(builder: Any, address: Any, llvm_type: ir.Type) -> Any:
     return builder.load(pointer, align=_ELEMENT_BYTES)
 
 
+def _prefetch(builder: Any, address: Any) -> None:
+    """Have the cache line of an address come from memory, if there is one."""
+    byte, i32 = ir.IntType(8).as_pointer(), ir.IntType(32)
+    kind = ir.FunctionType(ir.VoidType(), [byte, i32, i32, i32])
+    fetch = builder.module.declare_intrinsic("llvm.prefetch", [byte], kind)
+    # To read, into all levels, data.
+    builder.call(fetch, [builder.inttoptr(address, byte), i32(0), i32(3), i32(1)])
+
+
 def _spread(builder: Any, element: Any) -> Any:
     """Return a vector of one element in all lanes."""
     vector = builder.insert_element(
@@ -58,45 +71,65 @@ def _spread(builder: Any, element: Any) -> Any:
     return builder.shuffle_vector(vector, vector, lanes)
 
 
-@intrinsic
-def product(
-    typing_context: Any,
-    c: Any,
-    c_at: Any,
-    c_row: Any,
-    a: Any,
-    a_at: Any,
-    a_row: Any,
-    a_step: Any,
-    b: Any,
-    b_at: Any,
-    b_step: Any,
-    inner: Any,
-    fresh: Any,
-) -> Any:
-    """Add A @ B to a tile of C, or set the tile to it where `fresh` is not 0.
+def _tile_product(vectors: int, *, streams: bool = False) -> Any:
+    """Return the product for tiles of `vectors` vectors a row.
 
-    C[m, n] is element `c_at + m * c_row + n` of `c`, A[m, k] element
-    `a_at + m * a_row + k * a_step` of `a` and B[k, n] element
-    `b_at + k * b_step + n` of `b`, with `ROWS` rows, `WIDTH` columns and
-    `inner` products a sum. Buffers are bare pointers to f32; the other arguments are
-    i64.
+    Args:
+      streams: fetch the rows of A that come `AHEAD` tiles later. They must follow each
+        other in memory, `a_row` products each.
     """
-    del typing_context, c, c_at, c_row, a, a_at, a_row, a_step, b, b_at, b_step
-    del inner, fresh
-    i64 = types.int64
-    f32s = types.CPointer(types.float32)
-    kinds = (f32s, i64, i64, f32s, i64, i64, i64, f32s, i64, i64, i64, i64)
 
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        del signature
-        _emit_product(builder, args)
-        return context.get_dummy_value()
+    @intrinsic
+    def tile_product(
+        typing_context: Any,
+        c: Any,
+        c_at: Any,
+        c_row: Any,
+        a: Any,
+        a_at: Any,
+        a_row: Any,
+        a_step: Any,
+        b: Any,
+        b_at: Any,
+        b_step: Any,
+        inner: Any,
+        fresh: Any,
+    ) -> Any:
+        """Add A @ B to a tile of C, or set the tile to it where `fresh` is not 0.
 
-    return types.void(*kinds), generate
+        C[m, n] is element `c_at + m * c_row + n` of `c`, A[m, k] element
+        `a_at + m * a_row + k * a_step` of `a` and B[k, n] element
+        `b_at + k * b_step + n` of `b`, with `ROWS` rows, `vectors * LANES` columns and
+        `inner` products a sum. Buffers are bare pointers to f32; the other arguments
+        are i64.
+        """
+        del typing_context, c, c_at, c_row, a, a_at, a_row, a_step, b, b_at, b_step
+        del inner, fresh
+        i64 = types.int64
+        f32s = types.CPointer(types.float32)
+        kinds = (f32s, i64, i64, f32s, i64, i64, i64, f32s, i64, i64, i64, i64)
+
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            del signature
+            _emit_product(builder, args, vectors, streams)
+            return context.get_dummy_value()
+
+        return types.void(*kinds), generate
+
+    return tile_product
 
 
-def _emit_product(builder: Any, args: Any) -> None:
+product = _tile_product(WIDTH // LANES)
+"""A tile of `WIDTH` columns."""
+
+stream_product = _tile_product(WIDTH // LANES, streams=True)
+"""The same, while later rows of A come from memory."""
+
+stream_thin_product = _tile_product(1, streams=True)
+"""The same for a tile of `LANES` columns."""
+
+
+def _emit_product(builder: Any, args: Any, vectors: int, streams: bool) -> None:
     """Write the loop over the inner dimension."""
     c, c_at, c_row, a, a_at, a_row, a_step, b, b_at, b_step, inner, fresh = args
     c_start = _address(builder, c, c_at)
@@ -105,14 +138,15 @@ def _emit_product(builder: Any, args: Any) -> None:
     c_row, a_row, a_step, b_step = (
         _bytes(builder, stride) for stride in (c_row, a_row, a_step, b_step)
     )
-    vector_bytes = _INDEX(LANES * _ELEMENT_BYTES)
+    offsets = [_INDEX(v * LANES * _ELEMENT_BYTES) for v in range(vectors)]
     is_fresh = builder.icmp_signed("!=", fresh, _INDEX(0))
     zero = ir.Constant(_VECTOR, [0.0] * LANES)
     places, sums, a_rows = [], [], []
     for m in range(ROWS):
         place = builder.add(c_start, builder.mul(c_row, _INDEX(m)))
         a_rows.append(builder.mul(a_row, _INDEX(m)))
-        for address in (place, builder.add(place, vector_bytes)):
+        for offset in offsets:
+            address = builder.add(place, offset)
             places.append(address)
             sums.append(
                 builder.select(is_fresh, zero, _load(builder, address, _VECTOR))
@@ -126,17 +160,20 @@ def _emit_product(builder: Any, args: Any) -> None:
     builder.position_at_end(loop)
     k, a_here, b_here = (builder.phi(_INDEX) for _ in range(3))
     running = [builder.phi(_VECTOR) for _ in sums]
-    left, right = (
-        _load(builder, address, _VECTOR)
-        for address in (b_here, builder.add(b_here, vector_bytes))
-    )
+    columns = [
+        _load(builder, builder.add(b_here, offset), _VECTOR) for offset in offsets
+    ]
+    if streams:
+        # As many elements a turn as this one uses: all of those rows by its end.
+        skipped = builder.mul(a_row, _INDEX(AHEAD))
+        later = builder.mul(builder.add(skipped, _bytes(builder, k)), _INDEX(ROWS))
+        _prefetch(builder, builder.add(a_start, later))
     new = []
     for m in range(ROWS):
         element = _load(builder, builder.add(a_here, a_rows[m]), _ELEMENT)
         scale = _spread(builder, element)
-        for vector, total in zip(
-            (left, right), running[2 * m : 2 * m + 2], strict=True
-        ):
+        own = running[vectors * m : vectors * (m + 1)]
+        for vector, total in zip(columns, own, strict=True):
             part = builder.fmul(scale, vector, flags=_FLAGS)
             new.append(builder.fadd(total, part, flags=_FLAGS))
     next_k = builder.add(k, _INDEX(1))

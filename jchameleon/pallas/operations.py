@@ -19,6 +19,7 @@ from jchameleon.pallas import (
     cpu_lora,
     cpu_prefill_attention,
     cpu_prefill_lora,
+    cpu_product,
 )
 from jchameleon.pallas.multi_lora import (
     LoraWork,
@@ -27,6 +28,7 @@ from jchameleon.pallas.multi_lora import (
     multi_lora,
 )
 from jchameleon.pallas.paged_attention import paged_attention, write_kv
+from jchameleon.pallas.product import Product, matmul
 from jchameleon.pallas.tuned import UNTUNED, TunedTable
 
 
@@ -59,6 +61,7 @@ class Operations:
       write_kv: see the function; the layer norms and rotates before it.
       rope_write: all three as one operation, in place of `write_kv`; see
         `gpu_kv.rope_write_gpu` and `cpu_kv.rope_write_cpu`.
+      product: of base weights with tokens, see `product.matmul`.
       build_lora: the work list that `multi_lora` takes, from the host's numpy arrays.
       build_blocks: likewise the argument `blocks` of `paged_attention`; None where it
         takes none.
@@ -70,6 +73,7 @@ class Operations:
     multi_lora: Callable[..., jax.Array]
     write_kv: Callable[..., jax.Array] = write_kv
     rope_write: Callable[..., tuple[jax.Array, jax.Array]] | None = None
+    product: Product = matmul
     build_lora: Callable[..., Any] = build_lora
     build_blocks: Callable[..., np.ndarray | None] | None = None
     sorts_rows: bool = False
@@ -87,6 +91,7 @@ CPU = Operations(
     paged_attention=cpu_attention.paged_attention_cpu,
     multi_lora=cpu_lora.multi_lora_cpu,
     rope_write=cpu_kv.rope_write_cpu,
+    product=cpu_product.product_cpu,
 )
 """Loops that `compile_operations` compiles with numba; float32 on CPU."""
 
@@ -191,6 +196,7 @@ def compile_operations(ops: Operations) -> None:
         cpu_ffi.register(cpu_kv.TARGET, cpu_kv.handle)
         cpu_ffi.register(cpu_lora.TARGET, cpu_lora.handle)
         cpu_ffi.register(cpu_prefill_lora.TARGET, cpu_prefill_lora.handle)
+        cpu_ffi.register(cpu_product.TARGET, cpu_product.handle)
 
 
 def keep_compiled(folder: Path) -> None:

@@ -133,7 +133,7 @@ def model_step(
             ops=ops,
         )
         new_pools.append(pool)
-    logits = model.logits(x[:, batch.logit_tokens])
+    logits = model.logits(x[:, batch.logit_tokens], product=ops.product)
     return logits.astype(jnp.float32), new_pools, x
 
 
@@ -204,7 +204,7 @@ def _layer_step(
         with jax.named_scope("multi_lora"):
             return ops.multi_lora(y, h, new_pool, batch.lora, group=groups[name])
 
-    x = layer(x, attend=attend, adapt=adapt)
+    x = layer(x, attend=attend, adapt=adapt, product=ops.product)
     return x, new_pool
 
 
