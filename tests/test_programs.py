@@ -17,7 +17,6 @@ from jchameleon.models.llama import Llama
 from jchameleon.models.loader import load_model
 from jchameleon.models.params import numpy_dtype, random_params
 from jchameleon.pallas.multi_lora import LoraWork, build_lora_work, max_work_items
-from jchameleon.pallas.operations import XLA
 from jchameleon.runtime import setup
 from jchameleon.runtime.programs import ModelParams, StepBatch, model_step
 
@@ -365,7 +364,7 @@ def test_bfloat16_stays_near_numpy():
 
 def test_parameters_on_a_cpu_are_the_loaded_arrays():
     loaded = load_model("tiny", dtype="float32")
-    placed = setup._place_params(loaded, XLA)
+    placed = setup._place_params(loaded)
     addresses = {leaf.unsafe_buffer_pointer() for leaf in placed.leaves}
     arrays = jax.tree.leaves(loaded.params)
     assert {array.ctypes.data for array in arrays} == addresses

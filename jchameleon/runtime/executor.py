@@ -19,7 +19,7 @@ import numpy as np
 from jchameleon.config import PREFILL_TILE_TOKENS, EngineConfig, ModelConfig
 from jchameleon.errors import ConfigError
 from jchameleon.lora.layout import ChunkLayout
-from jchameleon.pallas.operations import XLA, Operations
+from jchameleon.pallas.operations import XLA, Operations, compile_operations
 from jchameleon.runtime.batch import (
     DECODE_ROWS,
     BatchBuilder,
@@ -309,8 +309,10 @@ class Executor:
         """
         rows = {sampler_rows(num_tokens // tile) for tile, num_tokens in jobs}
         with concurrent.futures.ThreadPoolExecutor(2) as threads:
+            # Beside what traces the first programs.
+            running = [threads.submit(compile_operations, self._ops)]
             # The largest first: they take longest.
-            running = [
+            running += [
                 threads.submit(self._compile_step, job)
                 for job in sorted(jobs, reverse=True)
             ]

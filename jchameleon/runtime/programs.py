@@ -19,7 +19,7 @@ from jchameleon.config import ModelConfig
 from jchameleon.lora.layout import ChunkLayout
 from jchameleon.models.llama import Llama
 from jchameleon.models.params import Params, param_shapes
-from jchameleon.pallas.operations import XLA, Operations
+from jchameleon.pallas.operations import XLA, Operations, compile_operations
 
 
 @jax.tree_util.register_dataclass
@@ -228,11 +228,9 @@ def compile_step(
         block_tokens=block_tokens,
         ops=ops,
     )
-    return (
-        jax.jit(step, donate_argnums=1)
-        .lower(params.leaves, list(pools), batch)
-        .compile()
-    )
+    lowered = jax.jit(step, donate_argnums=1).lower(params.leaves, list(pools), batch)
+    compile_operations(ops)  # from now on XLA looks for them
+    return lowered.compile()
 
 
 def compile_commit(

@@ -1,6 +1,5 @@
 """Put an engine together: what is configured, what the model allows, what fits."""
 
-import concurrent.futures
 import tempfile
 from collections.abc import Iterable, Sequence
 
@@ -22,9 +21,7 @@ from jchameleon.models.llama import Llama
 from jchameleon.models.loader import LoadedModel
 from jchameleon.models.params import numpy_dtype
 from jchameleon.pallas.operations import (
-    Operations,
     choose_operations,
-    compile_operations,
     keep_compiled,
 )
 from jchameleon.runtime.adapters import check_fits
@@ -94,7 +91,7 @@ def build_executor(
     params = None
     if config.pool_bytes is None and memory_stats(device) is not None:
         # What is free is known when the parameters are there.
-        params = _place_params(loaded, ops)
+        params = _place_params(loaded)
         num_pages = measure_num_pages(new_executor(params, PROVISIONAL_PAGES))
     else:
         num_pages = resolve_num_pages(config, model, layout, max_model_len)
@@ -106,7 +103,7 @@ def build_executor(
         policy = load_policy(config.policy)
         log = PlanLogWriter(config.plan_log, planner.config, policy)
     try:
-        executor = new_executor(params or _place_params(loaded, ops), num_pages)
+        executor = new_executor(params or _place_params(loaded), num_pages)
         executor.warm_up()
         check_memory(executor)
         executor.place_pool()
@@ -221,15 +218,11 @@ def build_planner(config: EngineConfig, num_pages: int) -> Planner:
     )
 
 
-def _place_params(loaded: LoadedModel, ops: Operations) -> ModelParams:
-    """Put a loaded parameter tree on the default device; compile `ops` meanwhile.
+def _place_params(loaded: LoadedModel) -> ModelParams:
+    """Put a loaded parameter tree on the default device.
 
     On a CPU the arrays share the tree's memory where it is aligned, so nobody may write
     to the tree any more.
     """
-    with concurrent.futures.ThreadPoolExecutor(1) as compiler:
-        compiled = compiler.submit(compile_operations, ops)
-        placed = jax.device_put(loaded.params, jax.devices()[0], may_alias=True)
-        params = ModelParams.from_model(Llama(loaded.config, placed))
-        compiled.result()
-    return params
+    placed = jax.device_put(loaded.params, jax.devices()[0], may_alias=True)
+    return ModelParams.from_model(Llama(loaded.config, placed))
