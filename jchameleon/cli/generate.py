@@ -2,10 +2,12 @@
 
 import argparse
 import concurrent.futures
+import contextlib
 import dataclasses
+import gc
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,13 +59,15 @@ def run(args: argparse.Namespace) -> None:
         "max_batch_tokens", min(defaults.max_batch_tokens, _enough(prompts, rows))
     )
 
-    # Weights are read on one core while jax is imported on another.
-    with concurrent.futures.ThreadPoolExecutor(1) as reader:
-        read = reader.submit(load_model, args.model, dtype=args.dtype)
-        from jchameleon import LLM
+    with _without_collections():
+        # Weights are read on one core while jax is imported on another.
+        with concurrent.futures.ThreadPoolExecutor(1) as reader:
+            read = reader.submit(load_model, args.model, dtype=args.dtype)
+            from jchameleon import LLM
 
-        model = read.result()
-    with LLM(model, adapters=adapters, dtype=args.dtype, **engine) as llm:
+            model = read.result()
+        llm = LLM(model, adapters=adapters, dtype=args.dtype, **engine)
+    with llm:
         inputs = _templated(llm, prompts, chat=args.chat)
         if len(inputs) == 1 and sampling.n == 1 and not args.json:
             _stream_one(llm, inputs[0], uses[0], sampling)
@@ -95,6 +99,21 @@ def add_command(commands: Any) -> None:
     _add_inputs(parser)
     add_sampling(parser.add_argument_group("sampling"))
     add_engine(parser.add_argument_group("engine"))
+
+
+@contextlib.contextmanager
+def _without_collections() -> Iterator[None]:
+    """Let the garbage collector rest, and pass by what is there at the end.
+
+    Nearly all that imports and a start make stays: looking at it five times takes half
+    a second.
+    """
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def _add_inputs(parser: argparse.ArgumentParser) -> None:
