@@ -86,6 +86,10 @@ class PolicyError(JChameleonError, RuntimeError):
     """A policy raised or answered nonsense; the message names it."""
 
 
+class SimulationError(JChameleonError, RuntimeError):
+    """A simulated run cannot go on; the message says what holds it up."""
+
+
 class BatchError(JChameleonError, ValueError):
     """A batch's input or output cannot be used as it is; nothing has run."""
 

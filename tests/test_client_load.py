@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from server_harness import running_server
 
 from jchameleon.client import AsyncClient, RetryPolicy
-from jchameleon.client.arrivals import arrivals_s, read_trace
 from jchameleon.client.load import Progress, Sample, run_load
 from jchameleon.client.load_report import (
     build_report,
@@ -24,8 +23,9 @@ from jchameleon.client.load_report import (
     plot,
 )
 from jchameleon.client.values import Timing
-from jchameleon.client.workload import Length, Planned, Popularity, Workload
 from jchameleon.errors import ConfigError
+from jchameleon.workload.arrivals import arrivals_s, read_trace
+from jchameleon.workload.generator import Length, Planned, Popularity, Workload
 
 RANKS = {"a": 8, "b": 8, "c": 8, "d": 64}
 

@@ -18,9 +18,10 @@ from jchameleon.models.loader import load_model
 from jchameleon.outputs import RequestTiming
 from jchameleon.runtime.engine import Engine
 from jchameleon.runtime.outbox import Delta, Outbox
+from jchameleon.runtime.policy.build import build_planner
 from jchameleon.runtime.policy.plan import Books
 from jchameleon.runtime.policy.planner import Planner
-from jchameleon.runtime.setup import build_executor, build_planner, start_engine
+from jchameleon.runtime.setup import build_executor, start_engine
 from jchameleon.runtime.staging import HostStaging, Packer
 from jchameleon.sampling import SamplingParams
 

@@ -22,6 +22,7 @@ from jchameleon.cli import (
     info,
     replay,
     serve,
+    simulate,
 )
 from jchameleon.errors import JChameleonError
 
@@ -67,6 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     adapters.add_command(commands)
     bench.add_command(commands)
     replay.add_command(commands)
+    simulate.add_command(commands)
     return parser
 
 

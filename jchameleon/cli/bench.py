@@ -175,10 +175,10 @@ async def _measure(
     args: argparse.Namespace, goodput: dict[str, float]
 ) -> tuple[dict[str, Any], Any]:
     from jchameleon.client import AsyncClient, RetryPolicy
-    from jchameleon.client.arrivals import read_trace
     from jchameleon.client.load import run_load
     from jchameleon.client.load_report import build_report
-    from jchameleon.client.workload import Length, Popularity, Workload
+    from jchameleon.workload.arrivals import read_trace
+    from jchameleon.workload.generator import Length, Popularity, Workload
 
     trace = None if args.trace is None else read_trace(args.trace)
     # What is refused counts as refused.

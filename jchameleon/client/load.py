@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from jchameleon.client.asynchronous import AsyncClient
 from jchameleon.client.errors import CallError
 from jchameleon.client.values import Timing
-from jchameleon.client.workload import Planned
+from jchameleon.workload.generator import Planned
 
 
 @dataclasses.dataclass(slots=True)

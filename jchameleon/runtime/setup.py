@@ -7,7 +7,6 @@ import jax
 
 from jchameleon.config import (
     ATTENTION_PROJECTIONS,
-    PREFILL_TILE_TOKENS,
     PROJECTIONS,
     EngineConfig,
     ModelConfig,
@@ -28,10 +27,10 @@ from jchameleon.runtime.adapters import check_fits
 from jchameleon.runtime.engine import Engine
 from jchameleon.runtime.engine_adapters import AdapterListener
 from jchameleon.runtime.executor import Executor
-from jchameleon.runtime.policy.limits import PlannerConfig
+from jchameleon.runtime.policy.build import build_planner
 from jchameleon.runtime.policy.log import PlanLogWriter
 from jchameleon.runtime.policy.planner import Planner
-from jchameleon.runtime.policy.presets import build_policies, load_policy
+from jchameleon.runtime.policy.presets import load_policy
 from jchameleon.runtime.programs import ModelParams
 from jchameleon.runtime.sizing import (
     PROVISIONAL_PAGES,
@@ -190,32 +189,6 @@ def chunk_layout(
         touched = set(ATTENTION_PROJECTIONS).union(*(a.targets for a in adapters))
         targets = tuple(p for p in PROJECTIONS if p in touched)
     return ChunkLayout(model, targets, page_elems(config, model))
-
-
-def build_planner(config: EngineConfig, num_pages: int) -> Planner:
-    """Return a planner with the configured policies.
-
-    Raises:
-      ConfigError: there are no such policies, or one refuses its options.
-    """
-    policy = load_policy(config.policy)
-    policies = build_policies(policy)
-    return Planner(
-        PlannerConfig(
-            num_pages=num_pages,
-            block_tokens=config.kv_block_tokens,
-            max_running=config.max_running,
-            max_batch_tokens=config.max_batch_tokens,
-            max_loads_in_flight=config.max_loads_in_flight,
-            prefill_tile_tokens=PREFILL_TILE_TOKENS,
-            kv_reserve=policy.kv_reserve,
-            max_squashes=policy.max_squashes,
-        ),
-        admission=policies["admission"],
-        eviction=policies["eviction"],
-        predictor=policies["predictor"],
-        prefetch=policies["prefetch"],
-    )
 
 
 def _place_params(loaded: LoadedModel) -> ModelParams:

@@ -1,0 +1,99 @@
+"""One run: a profile, a policy, a load and a seed make a report."""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+from jchameleon.config import EngineConfig, is_number
+from jchameleon.errors import ConfigError
+from jchameleon.runtime.policy.build import build_planner
+from jchameleon.sim.profile import Profile
+from jchameleon.sim.report import build_report
+from jchameleon.sim.simulator import Observer, SimResult, Simulator
+from jchameleon.workload.arrivals import Trace
+from jchameleon.workload.generator import Drawn, Length, Workload
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Load:
+    """What one run is asked.
+
+    Attributes:
+      policy: as `LLM` takes it; None is the profile's own.
+      rate_rps: mean arrivals a second.
+      trace: lengths are drawn from it, instead of by the profile's law.
+      duration_s: of arrivals; None is the profile's own.
+    """
+
+    policy: Any = None
+    rate_rps: float
+    seed: int = 0
+    trace: Trace | None = None
+    duration_s: float | None = None
+
+    def __post_init__(self) -> None:
+        if not (is_number(self.rate_rps) and self.rate_rps > 0):
+            raise ConfigError(f"rate={self.rate_rps!r} must be a finite number above 0")
+        if type(self.seed) is not int or self.seed < 0:
+            raise ConfigError(f"seed={self.seed!r} must be an integer, 0 or above")
+
+
+def simulate(profile: Profile, load: Load) -> dict[str, Any]:
+    """Run one load to its end and return its report, plain values for JSON.
+
+    The same arguments give the same report, to the last bit.
+
+    Raises:
+      ConfigError: the load or its policy is wrong.
+      PolicyError, SimulationError: the policy does not do its work.
+    """
+    profile, engine = settle(profile, load)
+    return build_report(profile, engine, load, run_once(profile, engine, load))
+
+
+def settle(profile: Profile, load: Load) -> tuple[Profile, EngineConfig]:
+    """Return the profile and the engine's configuration that a load makes of them."""
+    workload = dataclasses.replace(
+        profile.workload, rate_rps=load.rate_rps, seed=load.seed
+    )
+    if load.trace is not None:
+        of_trace = Length(of_trace=True)
+        workload = dataclasses.replace(
+            workload, input_len=of_trace, output_len=of_trace, trace_order="drawn"
+        )
+    if load.duration_s is not None:
+        workload = dataclasses.replace(workload, duration_s=load.duration_s)
+    engine = profile.engine
+    if load.policy is not None:
+        engine = dataclasses.replace(engine, policy=load.policy)
+    return dataclasses.replace(profile, workload=workload), engine
+
+
+def run_once(
+    profile: Profile,
+    engine: EngineConfig,
+    load: Load,
+    observe: Observer | None = None,
+) -> SimResult:
+    """Run what `settle` returned."""
+    simulator = Simulator(
+        build_planner(engine, profile.num_pages),
+        profile.cost,
+        profile.link,
+        profile.sim_adapters(),
+        page_bytes=profile.page_bytes,
+        observe=observe,
+    )
+    if profile.warm_cache:
+        simulator.warm_up(profile.num_pages - profile.largest_request_pages)
+    return simulator.run(
+        requests(profile, load.trace),
+        max_tokens=profile.max_tokens,
+        skip_s=profile.skip_s,
+    )
+
+
+def requests(profile: Profile, trace: Trace | None) -> Iterator[Drawn]:
+    """Return the requests of a run, as they come."""
+    workload: Workload = profile.workload
+    return workload.draw(profile.adapters.names(), trace)
