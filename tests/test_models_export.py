@@ -1,5 +1,6 @@
 """Exported directories: what transformers and this package read back from them."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -7,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import ml_dtypes
@@ -16,6 +18,7 @@ from model_files import tiny_tensors, write_gguf, write_hf, write_json
 from smollm2 import smollm2_path
 
 from jchameleon.errors import ConfigError, ModelSaveError
+from jchameleon.models import export
 from jchameleon.models.conversation import conversation_tokens
 from jchameleon.models.export import check_target, save_model
 from jchameleon.models.loader import exact_dtype, load_model
@@ -270,6 +273,29 @@ def test_disk_that_is_full_leaves_nothing(tmp_path, form):
     # Orbax's own threads may say more on standard error, before or after.
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.startswith("cannot write "), done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_threads_that_still_write_after_an_error_leave_nothing(tmp_path):
+    """As those of Orbax do when one of them has failed."""
+    done = threading.Event()
+    folders = []
+
+    def write(folder):
+        for place in range(50):
+            with contextlib.suppress(OSError):
+                (folder / f"late{place}").mkdir()
+            time.sleep(0.002)
+        done.set()
+
+    with pytest.raises(OSError, match="full"):
+        with export._new_directory(tmp_path / "out") as folder:
+            folders.append(folder)
+            for place in range(2000):  # a removal takes longer than a late write
+                (folder / f"early{place}").mkdir()
+            threading.Thread(target=write, args=(folder,)).start()
+            raise OSError("full")
+    done.wait()
     assert list(tmp_path.iterdir()) == []
 
 

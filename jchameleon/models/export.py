@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,11 @@ def save_model(
         raise ModelSaveError(f"cannot write {out}: {one_line(error)}") from error
 
 
+REMOVAL_S = 10.0
+"""How long a failed save tries to leave nothing behind. Orbax raises the first error of
+its threads, and the others go on for a moment."""
+
+
 @contextlib.contextmanager
 def _new_directory(out: Path) -> Iterator[Path]:
     """Yield a folder beside `out` that becomes `out`, or is gone after an error."""
@@ -109,8 +115,18 @@ def _new_directory(out: Path) -> Iterator[Path]:
         os.rename(work, out)  # an empty directory may be there, a filled one not
         _sync(out.parent)
     except BaseException:
-        shutil.rmtree(work, ignore_errors=True)
+        _remove(work)
         raise
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder that threads of a storage layer may still write to."""
+    end_s = time.monotonic() + REMOVAL_S
+    while folder.exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        if time.monotonic() >= end_s:
+            return
+        time.sleep(0.01)
 
 
 def _sync(path: str | Path) -> None:
