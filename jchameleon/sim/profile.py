@@ -103,7 +103,7 @@ class Profile:
                     + ("above 0" if least else "0 or above")
                 )
         duration_s = self.workload.duration_s
-        if not is_number(duration_s) or self.skip_s >= duration_s:
+        if duration_s is None or not is_number(duration_s) or self.skip_s >= duration_s:
             raise ConfigError(
                 f"skip_s={self.skip_s} must be below workload.duration_s={duration_s}, "
                 "a finite number"
