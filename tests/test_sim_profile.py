@@ -150,8 +150,9 @@ def test_wrong_seed_policy_and_duration_are_errors(profile_of):
     profile = profile_of()
     with pytest.raises(ConfigError, match="policy='chamelon' is no preset"):
         simulate(profile, Load(rate_rps=1.0, policy="chamelon"))
-    with pytest.raises(ConfigError, match="skip_s=1.0 must be below"):
-        simulate(profile, Load(rate_rps=1.0, duration_s=0.5))
+    for duration_s in (0.5, float("inf")):
+        with pytest.raises(ConfigError, match="skip_s=1.0 must be below"):
+            simulate(profile, Load(rate_rps=1.0, duration_s=duration_s))
 
 
 class Raises:

@@ -19,8 +19,10 @@ from jchameleon.outputs import RequestTiming
 from jchameleon.runtime.engine import Engine
 from jchameleon.runtime.outbox import Delta, Outbox
 from jchameleon.runtime.policy.build import build_planner
+from jchameleon.runtime.policy.log import PlanLogWriter
 from jchameleon.runtime.policy.plan import Books
 from jchameleon.runtime.policy.planner import Planner
+from jchameleon.runtime.policy.presets import load_policy
 from jchameleon.runtime.setup import build_executor, start_engine
 from jchameleon.runtime.staging import HostStaging, Packer
 from jchameleon.sampling import SamplingParams
@@ -220,25 +222,32 @@ class Rig:
 
     @contextmanager
     def session(
-        self, policy: str | Mapping[str, Any], link_bytes_per_s: float | None
+        self,
+        policy: str | Mapping[str, Any],
+        link_bytes_per_s: float | None,
+        plan_log: Path | None = None,
     ) -> Iterator[Session]:
         """Run an engine with new policies over an empty pool.
 
         Args:
           policy: as in `EngineConfig`.
           link_bytes_per_s: of the emulated link; None for none.
+          plan_log: file that records events and plans.
         """
         config = EngineConfig.from_dict(
             {**self._options, "policy": policy, "link_bytes_per_s": link_bytes_per_s}
         )
         gc.collect()
         planner = build_planner(config, self._executor.num_pages)
+        log = None
+        if plan_log is not None:
+            log = PlanLogWriter(plan_log, planner.config, load_policy(policy))
         engine = start_engine(
             self._loaded,
             config,
             self._executor,
             planner,
-            log=None,
+            log=log,
             staging=HostStaging(
                 Packer(self._executor.layout, self._executor.dtype),
                 self._executor.device,

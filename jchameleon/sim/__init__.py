@@ -4,8 +4,9 @@
 scans loads for the one at which the SLO breaks. Nothing here needs jax.
 """
 
+from jchameleon.sim.load import Load
 from jchameleon.sim.profile import Profile, load_profile
-from jchameleon.sim.run import Load, simulate
+from jchameleon.sim.run import simulate
 from jchameleon.sim.sweep import find_load, parse_rates
 
 __all__ = [

@@ -70,6 +70,22 @@ class LinearCost:
         return total_s
 
 
+def features(work: StepWork) -> tuple[float, ...]:
+    """Return what each coefficient of `LinearCost` is multiplied with, in its order."""
+    return (
+        float(work.prefill_tokens > 0),
+        float(work.prefill_lora_tokens > 0),
+        work.prefill_tokens,
+        work.prefill_token_ranks,
+        work.prefill_pairs,
+        float(work.decode_rows > 0),
+        float(work.decode_lora_rows > 0),
+        work.decode_rows,
+        work.decode_kv_tokens,
+        work.decode_ranks,
+    )
+
+
 def paper_cost() -> LinearCost:
     """Return Llama-7B on one A40, as Chameleon's figures have it.
 

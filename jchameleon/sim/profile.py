@@ -103,9 +103,10 @@ class Profile:
                     + ("above 0" if least else "0 or above")
                 )
         duration_s = self.workload.duration_s
-        if duration_s is None or self.skip_s >= duration_s:
+        if duration_s is None or not is_number(duration_s) or self.skip_s >= duration_s:
             raise ConfigError(
-                f"skip_s={self.skip_s} must be below workload.duration_s={duration_s}"
+                f"skip_s={self.skip_s} must be below workload.duration_s={duration_s}, "
+                "a finite number"
             )
         if type(self.warm_cache) is not bool:
             raise ConfigError(f"warm_cache={self.warm_cache!r} must be true or false")

@@ -8,6 +8,7 @@ import numpy as np
 from jchameleon import __version__
 from jchameleon.config import EngineConfig
 from jchameleon.runtime.policy.presets import load_policy
+from jchameleon.sim.load import Load
 from jchameleon.sim.profile import Profile
 from jchameleon.sim.samples import Samples, percentile
 from jchameleon.sim.simulator import SimResult
@@ -16,7 +17,7 @@ PERCENTS = (50, 90, 99)
 
 
 def build_report(
-    profile: Profile, engine: EngineConfig, load: Any, result: SimResult
+    profile: Profile, engine: EngineConfig, load: Load, result: SimResult
 ) -> dict[str, Any]:
     """Return a report; every ratio of two is worth what their settings have in common.
 
@@ -67,7 +68,7 @@ def build_report(
     }
 
 
-def settings(profile: Profile, engine: EngineConfig, load: Any) -> dict[str, Any]:
+def settings(profile: Profile, engine: EngineConfig, load: Load) -> dict[str, Any]:
     """Return all that a report depends on, in plain values."""
     policy = load_policy(engine.policy)
     return {

@@ -4,38 +4,14 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
-from jchameleon.config import EngineConfig, is_number
-from jchameleon.errors import ConfigError
+from jchameleon.config import EngineConfig
 from jchameleon.runtime.policy.build import build_planner
+from jchameleon.sim.load import Load
 from jchameleon.sim.profile import Profile
 from jchameleon.sim.report import build_report
 from jchameleon.sim.simulator import Observer, SimResult, Simulator
 from jchameleon.workload.arrivals import Trace
-from jchameleon.workload.generator import Drawn, Length, Workload
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Load:
-    """What one run is asked.
-
-    Attributes:
-      policy: as `LLM` takes it; None is the profile's own.
-      rate_rps: mean arrivals a second.
-      trace: lengths are drawn from it, instead of by the profile's law.
-      duration_s: of arrivals; None is the profile's own.
-    """
-
-    policy: Any = None
-    rate_rps: float
-    seed: int = 0
-    trace: Trace | None = None
-    duration_s: float | None = None
-
-    def __post_init__(self) -> None:
-        if not (is_number(self.rate_rps) and self.rate_rps > 0):
-            raise ConfigError(f"rate={self.rate_rps!r} must be a finite number above 0")
-        if type(self.seed) is not int or self.seed < 0:
-            raise ConfigError(f"seed={self.seed!r} must be an integer, 0 or above")
+from jchameleon.workload.generator import Drawn, Length
 
 
 def simulate(profile: Profile, load: Load) -> dict[str, Any]:
@@ -95,5 +71,4 @@ def run_once(
 
 def requests(profile: Profile, trace: Trace | None) -> Iterator[Drawn]:
     """Return the requests of a run, as they come."""
-    workload: Workload = profile.workload
-    return workload.draw(profile.adapters.names(), trace)
+    return profile.workload.draw(profile.adapters.names(), trace)

@@ -150,12 +150,17 @@ class Simulator:
         self._events = [AdapterPinned(uid, False) for uid in chosen]
 
     def run(
-        self, requests: Iterable[Drawn], *, max_tokens: int, skip_s: float = 0.0
+        self,
+        requests: Iterable[Drawn],
+        *,
+        max_tokens: int | None,
+        skip_s: float = 0.0,
     ) -> SimResult:
         """Serve requests by arrival until the last has left.
 
         Args:
-          max_tokens: limit that every request names; longer outputs end there.
+          max_tokens: limit that every request names; longer outputs end there. None:
+            each names its own length.
           skip_s: requests that arrive earlier do not count.
 
         Raises:
@@ -207,12 +212,18 @@ class Simulator:
         )
 
     def _arrive(
-        self, request_id: str, drawn: Drawn, start_s: float, limit: int, counts: bool
+        self,
+        request_id: str,
+        drawn: Drawn,
+        start_s: float,
+        max_tokens: int | None,
+        counts: bool,
     ) -> None:
         uid = drawn.adapter
         if uid is not None and uid not in self._adapters:
             raise ConfigError(f"request {request_id} names the adapter {uid!r}")
         arrival_s = start_s + drawn.at_s
+        limit = drawn.output_tokens if max_tokens is None else max_tokens
         output_tokens = min(drawn.output_tokens, limit)
         self._live[request_id] = _Live(
             arrival_s=arrival_s,

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from jchameleon.errors import ConfigError
+from jchameleon.sim.load import Load
 from jchameleon.sim.profile import Profile
 from jchameleon.sim.report import settings
-from jchameleon.sim.run import Load, run_once, settle
+from jchameleon.sim.run import run_once, settle
 from jchameleon.sim.samples import percentile
 
 MOST_RATES = 1000

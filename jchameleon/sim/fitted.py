@@ -1,0 +1,220 @@
+"""A cost model from an engine's own plan logs."""
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+
+from jchameleon.errors import ConfigError
+from jchameleon.runtime.policy.events import (
+    AdapterRegistered,
+    Arrival,
+    Cancel,
+    DeviceLost,
+    Event,
+    LoadDone,
+    StepDone,
+)
+from jchameleon.runtime.policy.plan import Plan
+from jchameleon.sim.cost import StepWork, work_of
+from jchameleon.sim.linear import LinearCost, features
+
+LEAST_SAMPLES = 50
+"""Fewer steps say too little of ten coefficients."""
+
+MOST_RATIO = 5.0
+"""A step that takes longer than so many times what is expected was held up by something
+else, a compile or another process, and counts as if it had taken so long."""
+
+_ROUNDS = 8
+
+Iteration = tuple[float, Sequence[Event], Plan]
+"""Time, events and plan: what a plan log holds of one call of the planner."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class StepSample:
+    """One iteration of an engine that ran something.
+
+    Attributes:
+      period_s: from its plan to the next one: the step and the host's own time.
+      load_pages: of adapter copies that it started, and of copies that it took in.
+    """
+
+    work: StepWork
+    period_s: float
+    load_pages: tuple[int, int]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Fit:
+    """What samples amount to.
+
+    Attributes:
+      load_page_s: what a page of an adapter costs the engine itself, not the link.
+      median_error, p90_error: of a step's duration, as a share of it, in the samples.
+      samples: how many there were.
+    """
+
+    cost: LinearCost
+    load_page_s: float
+    median_error: float
+    p90_error: float
+    samples: int
+
+
+@dataclasses.dataclass(slots=True)
+class _Tracked:
+    rank: int
+    context_tokens: int
+
+
+def step_samples(iterations: Iterable[Iteration]) -> Iterator[StepSample]:
+    """Yield the steps of a plan log, in order.
+
+    The engine plans again as soon as a step is done, so the time between two plans is
+    what a step takes. The last of a log has no end and is left out.
+    """
+    ranks: dict[str, int] = {}
+    rows: dict[str, _Tracked] = {}
+    pages: dict[str, int] = {}  # of copies under way
+    before: tuple[float, StepWork, int] | None = None
+    for now_s, events, plan in iterations:
+        arrived = sum(pages.pop(e.uid, 0) for e in events if isinstance(e, LoadDone))
+        # Without its end a step's time is not known: the device was lost in it.
+        ended = any(isinstance(event, StepDone) for event in events)
+        if before is not None and ended:
+            start_s, work, started = before
+            yield StepSample(
+                work=work, period_s=now_s - start_s, load_pages=(started, arrived)
+            )
+        _track(events, ranks, rows)
+        for request_id, *_ in plan.failed:
+            rows.pop(request_id, None)
+        pages.update((load.uid, len(load.pages)) for load in plan.loads)
+        before = None
+        if plan.prefill or plan.decode:
+            started = sum(len(load.pages) for load in plan.loads)
+            before = (now_s, work_of(plan, rows), started)
+
+
+def load_latency_s(iterations: Iterable[Iteration], *, page_s: float) -> float:
+    """Return how much later than the link lets them copies arrive, in seconds.
+
+    The lower quartile: an engine looks for copies between two steps, so most are found
+    late, and the simulator has that wait as well. 0 where a log has no copies.
+
+    Args:
+      page_s: that a page takes on the link.
+    """
+    free_s = 0.0
+    due_s: dict[str, float] = {}
+    late_s = []
+    for now_s, events, plan in iterations:
+        for event in events:
+            if isinstance(event, LoadDone) and event.uid in due_s:
+                late_s.append(max(0.0, now_s - due_s.pop(event.uid)))
+        for load in plan.loads:
+            free_s = max(now_s, free_s) + page_s * len(load.pages)
+            due_s[load.uid] = free_s
+    return float(np.percentile(late_s, 25)) if late_s else 0.0
+
+
+def _track(
+    events: Sequence[Event], ranks: dict[str, int], rows: dict[str, _Tracked]
+) -> None:
+    """Follow who is there and how many tokens each has."""
+    for event in events:
+        match event:
+            case AdapterRegistered():
+                ranks[event.uid] = event.rank
+            case Arrival(request):
+                uid = request.adapter_uid
+                rank = 0 if uid is None else ranks[uid]
+                rows[request.request_id] = _Tracked(rank, request.prompt_tokens)
+            case Cancel(request_id):
+                rows.pop(request_id, None)
+            case StepDone():
+                for request_id, tokens in event.produced:
+                    if request_id in rows:
+                        rows[request_id].context_tokens += tokens
+                for request_id in event.finished:
+                    rows.pop(request_id, None)
+            case DeviceLost() | LoadDone():
+                pass
+
+
+def fit_cost(samples: Iterable[StepSample]) -> Fit:
+    """Return coefficients, none negative, with the least squares of relative errors.
+
+    Relative to what is expected, so that short steps count as much as long ones and the
+    mean over steps alike is met: what waits is decided by means. Expectations come from
+    the round before.
+
+    Raises:
+      ConfigError: there are too few samples.
+    """
+    kept = [one for one in samples if one.period_s > 0]
+    if len(kept) < LEAST_SAMPLES:
+        raise ConfigError(
+            f"{len(kept)} steps are too few to fit, at least {LEAST_SAMPLES} are needed"
+        )
+    rows = np.array(
+        [(*features(one.work), *one.load_pages) for one in kept], np.float64
+    )  # f64[n, terms + 2]
+    periods_s = np.array([one.period_s for one in kept])  # f64[n]
+    expected_s = periods_s
+    for _ in range(_ROUNDS):
+        target = np.minimum(periods_s / expected_s, MOST_RATIO)
+        found = non_negative_least_squares(rows / expected_s[:, None], target)
+        expected_s = np.maximum(rows @ found, periods_s.min())
+    errors = np.abs(rows @ found / periods_s - 1)
+    names = [field.name for field in dataclasses.fields(LinearCost)]
+    values = found.tolist()
+    cost = LinearCost(**dict(zip(names, values[:-2], strict=True)))
+    return Fit(
+        cost=cost,
+        load_page_s=values[-2] + values[-1],
+        median_error=float(np.median(errors)),
+        p90_error=float(np.percentile(errors, 90)),
+        samples=len(kept),
+    )
+
+
+def non_negative_least_squares(
+    matrix: np.ndarray,  # f64[n, k]
+    target: np.ndarray,  # f64[n]
+) -> np.ndarray:
+    """Return x >= 0 with the least |matrix x - target|: f64[k].
+
+    Lawson and Hanson, "Solving Least Squares Problems", 1974, algorithm NNLS. Columns
+    are scaled to length 1 first; those that are all zero get 0.
+    """
+    lengths = np.linalg.norm(matrix, axis=0)
+    used = lengths > 0
+    scaled = matrix[:, used] / lengths[used]
+    size = scaled.shape[1]
+    x = np.zeros(size)
+    free = np.zeros(size, bool)
+    tolerance = 1e-10 * max(1.0, float(np.abs(scaled.T @ target).max(initial=0.0)))
+    for _ in range(10 * size):
+        gradient = scaled.T @ (target - scaled @ x)
+        gradient[free] = -np.inf
+        if free.all() or gradient.max() <= tolerance:
+            break
+        free[int(gradient.argmax())] = True
+        while True:
+            trial = np.zeros(size)
+            trial[free] = np.linalg.lstsq(scaled[:, free], target, rcond=None)[0]
+            wrong = free & (trial <= 0)
+            if not wrong.any():
+                break
+            # As far towards the trial as all stay positive; who reaches 0 leaves.
+            step = (x[wrong] / (x[wrong] - trial[wrong])).min()
+            x = x + step * (trial - x)
+            free &= x > 1e-12
+            x[~free] = 0.0
+        x = trial
+    result = np.zeros(matrix.shape[1])
+    result[used] = x / lengths[used]
+    return result

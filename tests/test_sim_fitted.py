@@ -1,0 +1,174 @@
+"""Cost models from plan logs: what was put in comes out, and the least squares too."""
+
+import dataclasses
+import itertools
+import random
+import tomllib
+
+import numpy as np
+import pytest
+from sim_world import LINK, adapters_of, drawn, simulator_of
+from tool_runs import run_bench, run_tool
+
+from jchameleon.errors import ConfigError
+from jchameleon.runtime.policy.log import PlanLogWriter, read_plan_log
+from jchameleon.runtime.policy.presets import load_policy
+from jchameleon.sim.cost import StepWork
+from jchameleon.sim.fitted import (
+    fit_cost,
+    non_negative_least_squares,
+    step_samples,
+)
+from jchameleon.sim.linear import LinearCost, features
+
+TRUTH = LinearCost(
+    prefill_s=0.004,
+    prefill_lora_s=0.001,
+    prefill_token_s=2e-5,
+    prefill_token_rank_s=3e-7,
+    decode_s=0.003,
+    decode_row_s=1e-4,
+    decode_kv_token_s=2e-6,
+    decode_rank_s=1e-6,
+)
+
+
+def logged_run(path, *, link=LINK, count=400, seed=0):
+    """Simulate with `TRUTH` and write the plan log of it."""
+    writers = []
+    simulator, planner = simulator_of(
+        adapters_of(a=8, b=16, c=64),
+        policy="chameleon",
+        cost=TRUTH,
+        link=link,
+        num_pages=66,
+        observe=lambda *iteration: writers[0].append(*iteration),
+    )
+    writers.append(PlanLogWriter(path, planner.config, load_policy("chameleon")))
+    rng = random.Random(seed)
+    at_s, requests = 0.0, []
+    for _ in range(count):
+        at_s += rng.expovariate(20.0)
+        who = rng.choice([None, "a", "b", "c"])
+        requests.append(drawn(at_s, who, rng.randint(1, 150), rng.randint(1, 30)))
+    simulator.run(requests, max_tokens=30)
+    writers[0].close()
+    return path
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_least_squares_are_the_best_of_all_sets_of_columns(seed):
+    rng = np.random.default_rng(seed)
+    matrix = rng.normal(size=(30, 5)) * (1, 1e3, 1e-3, 1, 1)
+    target = matrix @ (2.0, -1e-3, 1e3, 0.0, 0.5) + rng.normal(size=30)
+    best = np.inf
+    for size in range(6):
+        for chosen in itertools.combinations(range(5), size):
+            x = np.zeros(5)
+            if chosen:
+                x[list(chosen)] = np.linalg.lstsq(matrix[:, chosen], target)[0]
+            if (x >= 0).all():
+                best = min(best, np.linalg.norm(matrix @ x - target))
+    found = non_negative_least_squares(matrix, target)
+    assert (found >= 0).all()
+    assert np.linalg.norm(matrix @ found - target) == pytest.approx(best, rel=1e-9)
+
+
+def test_a_column_of_zeros_gets_no_weight():
+    matrix = np.array([[1.0, 0.0], [1.0, 0.0]])
+    assert non_negative_least_squares(matrix, np.array([1.0, 3.0])).tolist() == [2, 0]
+
+
+def test_features_times_coefficients_are_the_cost():
+    rng = random.Random(1)
+    names = [field.name for field in dataclasses.fields(LinearCost)]
+    cost = LinearCost(**{name: rng.random() for name in names})
+    for prompts, rows in ((0, 0), (9, 0), (0, 3), (9, 3)):
+        work = StepWork(
+            prefill_tokens=prompts,
+            prefill_lora_tokens=prompts // 2,
+            prefill_token_ranks=8 * (prompts // 2),
+            prefill_pairs=2 * prompts,
+            decode_rows=rows,
+            decode_lora_rows=rows // 2,
+            decode_kv_tokens=70 * rows,
+            decode_ranks=8 * (rows // 2),
+        )
+        terms = zip(names, features(work), strict=True)
+        total_s = sum(getattr(cost, name) * value for name, value in terms)
+        assert cost.step_s(work) == pytest.approx(total_s)
+
+
+def test_fit_to_a_log_finds_the_cost_that_made_it(tmp_path):
+
+    path = logged_run(tmp_path / "plans.gz")
+    fit = fit_cost(step_samples(read_plan_log(path)))
+    assert fit.median_error < 1e-6 and fit.p90_error < 1e-6
+    for field in dataclasses.fields(LinearCost):
+        expected = getattr(TRUTH, field.name)
+        found = getattr(fit.cost, field.name)
+        assert found == pytest.approx(expected, rel=1e-3, abs=1e-9), field.name
+    assert fit.load_page_s == pytest.approx(0.0, abs=1e-9)
+
+
+def test_fit_finds_what_copies_cost_the_engine(tmp_path):
+
+    # 1,000 bytes a page on 1 MB/s; latency, which is not by the page, left out.
+    link = dataclasses.replace(LINK, stall=3.0, latency_s=0.0)
+    path = logged_run(tmp_path / "plans.gz", link=link)
+    fit = fit_cost(step_samples(read_plan_log(path)))
+    assert fit.load_page_s == pytest.approx(3e-3, rel=1e-3)
+
+
+def test_noise_moves_no_mean_and_a_compile_counts_little(tmp_path):
+    iterations = list(read_plan_log(logged_run(tmp_path / "plans.gz")))
+    rng = random.Random(3)
+    samples = [
+        # A mean of 1 and a long tail, as on a machine that others use.
+        dataclasses.replace(
+            one, period_s=one.period_s * (0.7 + rng.expovariate(1 / 0.3))
+        )
+        for one in step_samples(iterations)
+    ]
+    samples[5] = dataclasses.replace(samples[5], period_s=60.0)
+    fit = fit_cost(samples)
+    told_s = sum(fit.cost.step_s(one.work) for one in samples)
+    true_s = sum(TRUTH.step_s(one.work) for one in samples)
+    assert told_s == pytest.approx(true_s, rel=0.03)
+
+
+def test_too_few_steps_are_an_error(tmp_path):
+
+    path = logged_run(tmp_path / "plans.gz", count=1)
+    with pytest.raises(ConfigError, match="steps are too few to fit, at least 50"):
+        fit_cost(step_samples(read_plan_log(path)))
+
+
+def test_tool_prints_tables_of_a_profile(tmp_path):
+
+    path = logged_run(tmp_path / "plans.gz")
+    arguments = [str(path), "--link-bytes-per-s", "1e6", "--page-bytes", "1000"]
+    done = run_tool("fit_cost_model", *arguments, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    table = tomllib.loads(done.stdout)
+    assert table["cost"].pop("kind") == "linear"
+    assert LinearCost(**table["cost"]).decode_s == pytest.approx(0.003, rel=1e-3)
+    assert table["link"] == {"stall": pytest.approx(0.0, abs=1e-6)}
+    # Copies take 10 ms beyond the link, and some are found only a step later.
+    assert 0.01 <= table["engine"]["link_latency_s"] < 0.02
+    broken = run_tool("fit_cost_model", str(tmp_path / "none.gz"), folder=tmp_path)
+    assert broken.returncode == 1 and "cannot be read" in broken.stderr
+
+
+def test_validation_compares_engine_and_twin(tmp_path):
+    """Figures of so few requests on a busy machine say nothing; that they are there."""
+    text, report = run_bench("validate_twin", "--quick", folder=tmp_path)
+    assert "twin/engine" in text
+    assert [run["load"] for run in report["runs"]] == [0.4, 0.7]
+    for run in report["runs"]:
+        assert set(run["engine"]) == set(run["twin"])
+        engine, twin = run["engine_books"], run["twin_books"]
+        for books in (engine, twin):
+            assert books["hits"] + books["misses"] == 40 + books["squashes"]
+        assert twin["loads"] >= 5 and engine["loads"] >= 5  # one for each adapter
+    assert report["checked_steps"]["count"] > 50
