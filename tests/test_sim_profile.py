@@ -196,6 +196,8 @@ def test_percentiles_are_values_that_came():
         expected = np.percentile(flat, percent, method="inverted_cdf")
         assert percentile(values, percent, counts) == expected
         assert percentile(flat, percent) == expected
+        alone = np.percentile(values, percent, method="inverted_cdf")
+        assert percentile(values, percent) == alone
     assert percentile(np.array([]), 50) is None
     assert len(Samples().ttft_s) == 0
 

@@ -230,7 +230,27 @@ def test_every_request_ends_and_memory_never_exceeds_the_pool(
     # No token comes sooner than its prompt and its decode steps take.
     least_s = [0.02 + 0.031 * (one.output_tokens - 1) for one in requests]
     assert sorted(result.samples.e2e_s) >= sorted(least_s)
-    assert len(gaps_of(result)) == sum(one.output_tokens - 1 for one in requests)
+    gaps_s = gaps_of(result)
+    assert len(gaps_s) == sum(one.output_tokens - 1 for one in requests)
+    # From the first token to the last, however often a request was squashed.
+    between_s = result.samples.e2e_s - result.samples.ttft_s
+    assert sum(gaps_s) == pytest.approx(between_s.sum())
+
+
+def test_a_squashed_request_has_one_long_gap():
+    # Outputs of one token teach the predictor to expect one, and then two of 40 grow
+    # until the 14 pages hold only one of them.
+    simulator, _ = simulator_of(policy="chameleon-nosched", num_pages=16)
+    requests = [drawn(0.1 * i, None, 16, 1) for i in range(10)]
+    requests += [drawn(2.0, None, 100, 40), drawn(2.0, None, 100, 40)]
+    result = simulator.run(requests, max_tokens=60)
+    assert result.books.squashes == 1
+    times = result.samples.e2e_s - result.samples.ttft_s
+    gaps_s = sorted(gaps_of(result))
+    assert len(gaps_s) == 2 * 39
+    assert sum(gaps_s) == pytest.approx(times.sum())
+    # It waits for the other to end; its prompt and output run again.
+    assert gaps_s[-1] > 10 * gaps_s[-3]
 
 
 def test_a_run_that_is_logged_replays(tmp_path):
@@ -281,3 +301,8 @@ def test_work_of_a_step_is_what_its_cost_is_asked_for():
     decodes = [w for w in seen if w.decode_rows]
     assert [w.decode_kv_tokens for w in decodes] == [51, 52]
     assert all((w.decode_lora_rows, w.decode_ranks) == (1, 64) for w in decodes)
+    seen.clear()
+    base, _ = simulator_of(cost=Spy())
+    base.run([drawn(0.0, None, 50, 2)], max_tokens=4)
+    assert [(w.prefill_lora_tokens, w.decode_lora_rows) for w in seen] == [(0, 0)] * 2
+    assert [w.decode_rows for w in seen] == [0, 1]
