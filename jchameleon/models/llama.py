@@ -77,7 +77,7 @@ class LlamaLayer(nnx.Module):
             y = add_bias(product(self.qkv[...], h), self.qkv_bias)
             qkv = adapt("qkv", h, y)  # [q_dim + 2 kv_dim, T]
             out = attend(qkv).reshape(config.q_dim, num_tokens)
-            # The stream goes in: it is added within the product.
+            # The stream goes in: a form may add it while it writes the product.
             y = add_bias(product(self.o[...], out, x), self.o_bias)
             x = adapt("o", out, y)
         with jax.named_scope("mlp"):

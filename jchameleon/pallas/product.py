@@ -13,9 +13,6 @@ def matmul(
     x: jax.Array,  # f[D, T]
     plus: jax.Array | None = None,  # f[N, T]
 ) -> jax.Array:  # f[N, T]
-    """Return weight @ x, and `plus` on top where it is given.
-
-    On a CPU XLA adds `plus` within the product.
-    """
+    """Return weight @ x, and `plus` on top where it is given."""
     y = weight @ x
     return y if plus is None else plus + y

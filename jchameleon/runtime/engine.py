@@ -38,6 +38,7 @@ from jchameleon.runtime.policy.events import (
     Cancel,
     Event,
 )
+from jchameleon.runtime.policy.limits import IDLE_TICK_S
 from jchameleon.runtime.policy.log import PlanLogWriter
 from jchameleon.runtime.policy.plan import Books, Plan
 from jchameleon.runtime.policy.planner import Planner
@@ -54,9 +55,6 @@ logger = logging.getLogger(__name__)
 
 LOAD_POLL_S = 0.002
 """How often an otherwise idle engine looks whether a device copy has arrived."""
-
-IDLE_TICK_S = 0.05
-"""How often an idle engine plans for policies that wait for a moment in time."""
 
 RECORDED_STEPS = 4096
 

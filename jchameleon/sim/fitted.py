@@ -187,34 +187,13 @@ def non_negative_least_squares(
 ) -> np.ndarray:
     """Return x >= 0 with the least |matrix x - target|: f64[k].
 
-    Lawson and Hanson, "Solving Least Squares Problems", 1974, algorithm NNLS. Columns
-    are scaled to length 1 first; those that are all zero get 0.
+    Columns are scaled to length 1 first; those that are all zero get 0.
     """
+    # Here: it takes longer to import than a short simulation.
+    from scipy.optimize import nnls
+
     lengths = np.linalg.norm(matrix, axis=0)
     used = lengths > 0
-    scaled = matrix[:, used] / lengths[used]
-    size = scaled.shape[1]
-    x = np.zeros(size)
-    free = np.zeros(size, bool)
-    tolerance = 1e-10 * max(1.0, float(np.abs(scaled.T @ target).max(initial=0.0)))
-    for _ in range(10 * size):
-        gradient = scaled.T @ (target - scaled @ x)
-        gradient[free] = -np.inf
-        if free.all() or gradient.max() <= tolerance:
-            break
-        free[int(gradient.argmax())] = True
-        while True:
-            trial = np.zeros(size)
-            trial[free] = np.linalg.lstsq(scaled[:, free], target, rcond=None)[0]
-            wrong = free & (trial <= 0)
-            if not wrong.any():
-                break
-            # As far towards the trial as all stay positive; who reaches 0 leaves.
-            step = (x[wrong] / (x[wrong] - trial[wrong])).min()
-            x = x + step * (trial - x)
-            free &= x > 1e-12
-            x[~free] = 0.0
-        x = trial
     result = np.zeros(matrix.shape[1])
-    result[used] = x / lengths[used]
+    result[used] = nnls(matrix[:, used] / lengths[used], target)[0] / lengths[used]
     return result

@@ -19,6 +19,7 @@ from jchameleon.runtime.policy.events import (
     LoadDone,
     StepDone,
 )
+from jchameleon.runtime.policy.limits import IDLE_TICK_S
 from jchameleon.runtime.policy.plan import Books, Plan
 from jchameleon.runtime.policy.planner import Planner
 from jchameleon.runtime.policy.request import Request
@@ -26,10 +27,6 @@ from jchameleon.sim.cost import CostModel, work_of
 from jchameleon.sim.link import Link, LinkConfig
 from jchameleon.sim.samples import Samples
 from jchameleon.workload.generator import Drawn
-
-IDLE_TICK_S = 0.05
-"""How often an idle engine plans for policies that wait for a moment in time; that of
-`runtime.engine`, which needs jax."""
 
 STUCK_S = 3600.0
 """A policy that leaves an engine idle for so long, with requests open, always will."""

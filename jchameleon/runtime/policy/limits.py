@@ -6,6 +6,9 @@ from typing import Literal
 from jchameleon.config import RESERVED_PAGES
 from jchameleon.errors import ConfigError
 
+IDLE_TICK_S = 0.05
+"""How often an idle engine plans for policies that wait for a moment in time."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class PlannerConfig:
