@@ -142,9 +142,9 @@ class BatchBuilder:
             fields["logit_tokens"][:count] = np.arange(count)
         positions = np.fromiter((row.start for row in rows), np.int32, count)
         table = fields["page_table"]
-        for i, row in enumerate(rows):
-            table[i] = row.pages
-        fields["tokens"][:count] = [row.tokens[0] for row in rows]
+        if count:
+            np.concatenate([row.pages for row in rows], out=table[:count].reshape(-1))
+            np.concatenate([row.tokens for row in rows], out=fields["tokens"][:count])
         fields["positions"][:count] = positions
         fields["kv_pages"][:count] = table[
             np.arange(count), positions // self._block_tokens

@@ -51,6 +51,9 @@ class LiveRequest:
         self._owes_prompt_logprobs = sampling.prompt_logprobs is not None
         self._tokens = np.zeros(len(prompt) + sampling.max_tokens, np.int32)
         self._tokens[: len(prompt)] = prompt
+        # At hand: `row` is asked for every token.
+        self._adapter_uid = submission.adapter_uid
+        self._logprobs = sampling.logprobs
         self._how_to_draw = (
             0.0 if sampling.greedy else sampling.temperature,
             sampling.top_k,
@@ -116,8 +119,10 @@ class LiveRequest:
         To be asked once after each step that drew a token for it, before `add`: all
         tokens that it has then have their KV entries.
         """
-        blocks, inside = divmod(self.num_tokens, self._block_tokens)
-        if self._last_key is None or inside or blocks == self._num_keys:
+        if self.num_tokens % self._block_tokens or self._last_key is None:
+            return None
+        blocks = self.num_tokens // self._block_tokens
+        if blocks == self._num_keys:
             return None
         assert blocks == self._num_keys + 1, "a block was left out"
         start = self.num_tokens - self._block_tokens
@@ -147,19 +152,14 @@ class LiveRequest:
         assert self._pages is not None, "planned before it was admitted"
         sampling = None
         if end == self.num_tokens:
-            sampling = RowSampling(
-                *self._how_to_draw,
-                position=end,
-                edits=self._edits,
-                logprobs=self.submission.sampling.logprobs,
-            )
+            sampling = RowSampling(*self._how_to_draw, end, self._edits, self._logprobs)
         return StepRow(
-            tokens=self._tokens[start:end],
-            start=start,
-            pages=self._pages,
-            adapter_uid=self.submission.adapter_uid,
-            sampling=sampling,
-            targets=self._targets(start, end) if self._owes_prompt_logprobs else None,
+            self._tokens[start:end],
+            start,
+            self._pages,
+            self._adapter_uid,
+            sampling,
+            self._targets(start, end) if self._owes_prompt_logprobs else None,
         )
 
     def _targets(self, start: int, end: int) -> Targets | None:

@@ -26,10 +26,12 @@ def loads_ahead(planner: "Planner", turn: Turn) -> list[Load]:
             planner._observe_prefetch(turn)
         if residency.loads_in_flight >= limit:
             return []
-        keep_pages = sum(map(planner._may_grow, planner._running.values()))
+        keep_pages: int | None = None
         for uid in planner._prefetch.candidates(turn):
             if turn.lacking and uid not in turn.lacking:
                 continue
+            if keep_pages is None:  # as a rule nobody is named
+                keep_pages = sum(map(planner._may_grow, planner._running.values()))
             load = planner._space.prefetch(uid, keep_pages=keep_pages)
             if load is not None:
                 loads.append(load)
