@@ -1,6 +1,7 @@
 """An engine on the tiny model, faults to inject into it, and what must hold after."""
 
 import collections
+import types
 
 import jax
 import numpy as np
@@ -109,6 +110,9 @@ def check_baseline(llm):
     planner = engine._planner
     resident = {u for u in placed if planner.resident_pages(u) is not None}
     assert placed == resident, "executor and planner disagree about what is there"
+    table = llm._executor.table
+    assert table.free_places == llm._engine.max_running
+    assert not table._edits and not table._logprobs
 
 
 class BrokenSteps:
@@ -119,16 +123,23 @@ class BrokenSteps:
     """
 
     def __init__(self, executor, fails):
-        """`fails(rows, prefill)` says whether a step is to fail."""
-        self.failures = 0
-        self._executor, self._run, self._fails = executor, executor._run, fails
-        executor._run = self._broken_run
+        """`fails(rows, prefill)` says whether a step is to fail.
 
-    def _broken_run(self, rows, *, prefill):
+        Rows have `sampling`, None or with the seed and the position.
+        """
+        self.failures = 0
+        self._executor, self._fails = executor, fails
+        self._runs = {True: executor._run_prefill, False: executor._run_decode}
+        executor._run_prefill = lambda rows: self._broken_run(rows, rows, prefill=True)
+        executor._run_decode = lambda rows: self._broken_run(
+            rows, single_rows(rows), prefill=False
+        )
+
+    def _broken_run(self, rows, singles, *, prefill):
         pools = self._executor._pools
-        logits, stream = self._run(rows, prefill=prefill)
-        if not self._fails(rows, prefill):
-            return logits, stream
+        found = self._runs[prefill](rows)
+        if not self._fails(singles, prefill):
+            return found
         self.failures += 1
         assert all(pool.is_deleted() for pool in pools), "nothing was donated"
         for pool in self._executor._pools:
@@ -136,7 +147,21 @@ class BrokenSteps:
         raise jax.errors.JaxRuntimeError(OUT_OF_MEMORY)
 
     def mend(self):
-        self._executor._run = self._run
+        self._executor._run_prefill = self._runs[True]
+        self._executor._run_decode = self._runs[False]
+
+
+def single_rows(rows):
+    """Return what tests ask of each of `DecodeRows`."""
+    fields = rows.sampling.fields
+    return [
+        types.SimpleNamespace(
+            sampling=types.SimpleNamespace(seed=tuple(seed), position=position)
+        )
+        for seed, position in zip(
+            fields["seed"].tolist(), fields["position"].tolist(), strict=True
+        )
+    ]
 
 
 def is_marked(row):

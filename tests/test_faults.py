@@ -349,10 +349,10 @@ def test_heartbeat_tells_a_hanging_engine_from_an_idle_one(tmp_path):
     entered, leave = threading.Event(), threading.Event()
     run = llm._executor._run
 
-    def hanging_run(rows, *, prefill):
+    def hanging_run(shape, batch):
         entered.set()
         assert leave.wait(60)
-        return run(rows, prefill=prefill)
+        return run(shape, batch)
 
     llm._executor._run = hanging_run
     caller = in_thread(lambda: llm.generate([[1, 2]] * 2, None, SHORT))

@@ -387,7 +387,10 @@ def test_copies_start_before_the_step_and_nobody_waits_for_them(monkeypatch, pat
         for run in (executor.prefill, executor.decode):
 
             def step(rows, run=run):
-                events.append(("step", *{row.adapter_uid for row in rows}))
+                named = getattr(rows, "adapter_uids", None)
+                if named is None:
+                    named = [row.adapter_uid for row in rows]
+                events.append(("step", *set(named)))
                 return run(rows)
 
             monkeypatch.setattr(executor, run.__name__, step)

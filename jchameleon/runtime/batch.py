@@ -1,6 +1,6 @@
 """Lay the rows of a step out as the arrays that its program takes."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -8,7 +8,8 @@ import numpy as np
 from jchameleon.config import PREFILL_TILE_TOKENS, TRASH_PAGE
 from jchameleon.lora.layout import ChunkLayout
 from jchameleon.pallas.operations import XLA, Operations
-from jchameleon.runtime.drawing import RowSampling
+from jchameleon.runtime.decode_rows import DecodeRows
+from jchameleon.runtime.drawing import RowSampling, StepSampling
 from jchameleon.runtime.programs import StepBatch
 from jchameleon.runtime.scoring import Targets
 
@@ -20,7 +21,7 @@ Fewer than all powers of two: every size is a program to compile at start.
 
 
 class StepRow(NamedTuple):
-    """One request's part of a step.
+    """One request's part of a step, for prefill; decode has `DecodeRows`.
 
     Attributes:
       tokens: i32[n], a prompt chunk, or the last token in decode.
@@ -95,7 +96,31 @@ class BatchBuilder:
         prefill: bool,
     ) -> StepBatch:
         """Return the batch of a step of `num_tokens`, which the rows may not fill."""
-        tile = PREFILL_TILE_TOKENS if prefill else 1
+        if not prefill:
+            return self.build_decode(decode_rows(rows), num_tokens)
+        uids = (row.adapter_uid for row in rows)
+
+        def fill(*args: Any) -> None:
+            self._fill_prefill(rows, *args)
+
+        return self._build(fill, uids, num_tokens, tile=PREFILL_TILE_TOKENS)
+
+    def build_decode(self, rows: DecodeRows, num_tokens: int) -> StepBatch:
+        """Return the batch of a decode step for up to `num_tokens` rows."""
+
+        def fill(*args: Any) -> None:
+            self._fill_decode(rows, *args)
+
+        return self._build(fill, rows.adapter_uids, num_tokens, tile=1)
+
+    def _build(
+        self,
+        fill: Callable[..., None],
+        adapter_uids: Iterable[str | None],
+        num_tokens: int,
+        *,
+        tile: int,
+    ) -> StepBatch:
         num_tiles = num_tokens // tile
         fields: dict[str, Any] = {
             "tokens": np.zeros(num_tokens, np.int32),
@@ -107,11 +132,10 @@ class BatchBuilder:
         }
         token_adapter = np.full(num_tokens, -1, np.int32)
         # In order of appearance; the work list numbers them so.
-        uids = tuple(dict.fromkeys(r.adapter_uid for r in rows if r.adapter_uid))
+        uids = tuple(uid for uid in dict.fromkeys(adapter_uids) if uid is not None)
         indices: dict[str | None, int] = {uid: i for i, uid in enumerate(uids)}
         indices[None] = -1
-        fill = self._fill_prefill if prefill else self._fill_decode
-        fill(rows, fields, token_adapter, indices)
+        fill(fields, token_adapter, indices)
         blocks: Any = None
         if self._ops.build_blocks is not None:
             blocks = self._ops.build_blocks(
@@ -126,31 +150,29 @@ class BatchBuilder:
 
     def _fill_decode(
         self,
-        rows: Sequence[StepRow],
+        rows: DecodeRows,
         fields: dict[str, np.ndarray],
         token_adapter: np.ndarray,
         indices: dict[str | None, int],
     ) -> None:
         """Write one token per row; whole columns at once, this is every step's work."""
-        count = len(rows)
-        adapters = np.array([indices[row.adapter_uid] for row in rows], np.int32)
+        count = len(rows.tokens)
+        if not count:
+            return
+        adapters = np.array([indices[uid] for uid in rows.adapter_uids], np.int32)
+        each = np.arange(count)
+        order = each
         if self._ops.sorts_rows:
             order = np.argsort(adapters, kind="stable")
-            rows, adapters = [rows[i] for i in order], adapters[order]
-            fields["logit_tokens"][order] = np.arange(count)
-        else:
-            fields["logit_tokens"][:count] = np.arange(count)
-        positions = np.fromiter((row.start for row in rows), np.int32, count)
+        fields["logit_tokens"][order] = each
+        num_tokens = rows.num_tokens[order]
         table = fields["page_table"]
-        if count:
-            np.concatenate([row.pages for row in rows], out=table[:count].reshape(-1))
-            np.concatenate([row.tokens for row in rows], out=fields["tokens"][:count])
-        fields["positions"][:count] = positions
-        fields["kv_pages"][:count] = table[
-            np.arange(count), positions // self._block_tokens
-        ]
-        fields["context_tokens"][:count] = positions + 1
-        token_adapter[:count] = adapters
+        table[:count] = rows.pages[order]
+        fields["tokens"][:count] = rows.tokens[order]
+        fields["positions"][:count] = num_tokens - 1
+        fields["kv_pages"][:count] = table[each, (num_tokens - 1) // self._block_tokens]
+        fields["context_tokens"][:count] = num_tokens
+        token_adapter[:count] = adapters[order]
 
     def _fill_prefill(
         self,
@@ -162,7 +184,7 @@ class BatchBuilder:
         """Write prompt chunks, each from a new tile on."""
         tile = PREFILL_TILE_TOKENS
         at = 0  # first tile of the row
-        for row, tiles in zip(rows, row_tiles(rows, prefill=True), strict=True):
+        for row, tiles in zip(rows, row_tiles(rows), strict=True):
             first, count = at * tile, len(row.tokens)
             own = slice(first, first + count)
             place = np.arange(row.start, row.start + count, dtype=np.int32)
@@ -197,6 +219,17 @@ class BatchBuilder:
         return work
 
 
+def decode_rows(rows: Sequence[StepRow]) -> DecodeRows:
+    """Return single rows as the columns of a decode step."""
+    return DecodeRows(
+        tokens=np.array([row.tokens[-1] for row in rows], np.int32),
+        num_tokens=np.array([row.start + 1 for row in rows], np.int32),
+        pages=np.array([row.pages for row in rows], np.int32),
+        adapter_uids=[row.adapter_uid for row in rows],
+        sampling=StepSampling.of([row.sampling for row in rows]),
+    )
+
+
 def sampler_rows(num_tiles: int) -> int:
     """Return the rows of the sampler for a step with this many logits: a decode size.
 
@@ -208,13 +241,11 @@ def sampler_rows(num_tiles: int) -> int:
     )
 
 
-def row_tiles(rows: Sequence[StepRow], *, prefill: bool) -> list[int]:
-    """Return how many tiles of the step each row takes."""
-    if not prefill:
-        return [1] * len(rows)
+def row_tiles(rows: Sequence[StepRow]) -> list[int]:
+    """Return how many tiles of a prefill step each row takes."""
     return [-(-len(row.tokens) // PREFILL_TILE_TOKENS) for row in rows]
 
 
-def last_tiles(rows: Sequence[StepRow], *, prefill: bool) -> np.ndarray:
-    """Return i64[rows], the last tile of each row within the step."""
-    return np.cumsum(row_tiles(rows, prefill=prefill)) - 1
+def last_tiles(rows: Sequence[StepRow]) -> np.ndarray:
+    """Return i64[rows], the last tile of each row within a prefill step."""
+    return np.cumsum(row_tiles(rows)) - 1

@@ -8,7 +8,7 @@ one row asks for cannot change the bits of another.
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -23,8 +23,6 @@ from jchameleon.runtime.sampler import SamplingBatch, empty_sampling, sample
 
 class RowSampling(NamedTuple):
     """How to draw a row's next token; see `SamplingBatch` for the first fields.
-
-    A named tuple like all that is made for every token: the cheapest to make.
 
     Attributes:
       edits: changes of its logits, read when the draw is dispatched; None for none.
@@ -42,6 +40,39 @@ class RowSampling(NamedTuple):
     logprobs: int | None
 
 
+class StepSampling(NamedTuple):
+    """How all rows of a step draw, n of them.
+
+    Attributes:
+      fields: of a `SamplingBatch`, [n] each.
+      edits: changes of logits, by row; read when the draw is dispatched.
+      logprobs: how many of the likeliest tokens to report beside the drawn one, by row.
+      silent: rows for which nothing is drawn.
+    """
+
+    fields: Mapping[str, np.ndarray]
+    edits: Mapping[int, RowEdits]
+    logprobs: Mapping[int, int]
+    silent: Collection[int]
+
+    @classmethod
+    def of(cls, rows: Sequence[RowSampling | None]) -> "StepSampling":
+        """Return what single rows ask for; None among them draws nothing."""
+        fields = empty_sampling(len(rows))
+        drawn = {i: row for i, row in enumerate(rows) if row is not None}
+        for i, row in drawn.items():
+            for name, column in fields.items():
+                column[i] = getattr(row, name)
+        return cls(
+            fields=fields,
+            edits={i: row.edits for i, row in drawn.items() if row.edits is not None},
+            logprobs={
+                i: row.logprobs for i, row in drawn.items() if row.logprobs is not None
+            },
+            silent=[i for i, row in enumerate(rows) if row is None],
+        )
+
+
 class DrawnToken(NamedTuple):
     """What was drawn for a row: `INVALID_TOKEN` where its logits are not finite."""
 
@@ -56,27 +87,25 @@ class Draws:
     Attributes:
       tokens: i32[R].
       packed: of `pack_logprobs`, or None if no row asks for them.
-      rows, columns: how each row was drawn and its place in `tokens`.
+      sampling, columns: how the rows were drawn, and the place of each in `tokens`.
     """
 
     tokens: jax.Array
     packed: jax.Array | None
-    rows: Sequence[RowSampling | None]
+    sampling: StepSampling
     columns: np.ndarray
 
     def fetch(self) -> list[DrawnToken | None]:
         """Wait, and return one draw for each row; None where nothing was drawn."""
         tokens = np.asarray(self.tokens)[self.columns].tolist()
-        packed = None if self.packed is None else np.asarray(self.packed)
-        drawn: list[DrawnToken | None] = []
-        for row, token, column in zip(self.rows, tokens, self.columns, strict=True):
-            if row is None:
-                drawn.append(None)
-                continue
-            logprobs = None
-            if packed is not None and row.logprobs is not None:
-                logprobs = unpack_logprobs(packed[column], row.logprobs)
-            drawn.append(DrawnToken(token=token, logprobs=logprobs))
+        drawn: list[DrawnToken | None] = [DrawnToken(token, None) for token in tokens]
+        if self.packed is not None:
+            packed = np.asarray(self.packed)[self.columns]
+            for row, count in self.sampling.logprobs.items():
+                logprobs = unpack_logprobs(packed[row], count)
+                drawn[row] = DrawnToken(tokens[row], logprobs)
+        for row in self.sampling.silent:
+            drawn[row] = None
         return drawn
 
 
@@ -113,31 +142,25 @@ class Drawing:
     def draw(
         self,
         logits: jax.Array,  # f32[V, R]
-        rows: Sequence[RowSampling | None],
-        columns: np.ndarray,  # i64[rows], the column of each in `logits`
+        sampling: StepSampling,  # of n rows
+        columns: np.ndarray,  # i64[n], the column of each in `logits`
     ) -> Draws:
-        """Dispatch the draws of a step; None among `rows` draws nothing."""
+        """Dispatch the draws of a step."""
         num_rows = logits.shape[1]
         fields = empty_sampling(num_rows)
-        edits: list[tuple[int, RowEdits]] = []
-        scored = False
-        for row, column in zip(rows, columns.tolist(), strict=True):
-            if row is None:
-                continue
-            _set_sampling(fields, column, row)
-            if row.edits is not None:
-                edits.append((column, row.edits))
-            scored |= row.logprobs is not None
+        for name, column in fields.items():
+            column[columns] = sampling.fields[name]
         edited = logits
-        if edits:
+        if sampling.edits:
             width = edits_width(num_rows)
+            edits = [(int(columns[row]), one) for row, one in sampling.edits.items()]
             for lists in edit_lists(edits, width=width, vocab_size=self._vocab_size):
                 edited = self._programs["edit", num_rows](edited, *lists)
         tokens = self._programs["sample", num_rows](edited, SamplingBatch(**fields))
-        packed = (
-            self._programs["logprobs", num_rows](logits, tokens) if scored else None
-        )
-        return Draws(tokens=tokens, packed=packed, rows=rows, columns=columns)
+        packed = None
+        if sampling.logprobs:
+            packed = self._programs["logprobs", num_rows](logits, tokens)
+        return Draws(tokens=tokens, packed=packed, sampling=sampling, columns=columns)
 
     def _compile(
         self, name: str, num_rows: int, function: Callable[..., Any], *args: Any
@@ -148,10 +171,3 @@ class Drawing:
 
     def _shape(self, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=self._sharding)
-
-
-def _set_sampling(
-    fields: Mapping[str, np.ndarray], row: int, values: RowSampling
-) -> None:
-    for name, column in fields.items():
-        column[row] = getattr(values, name)

@@ -24,14 +24,17 @@ from jchameleon.runtime.batch import (
     DECODE_ROWS,
     BatchBuilder,
     StepRow,
+    decode_rows,
     last_tiles,
     row_tiles,
     sampler_rows,
 )
-from jchameleon.runtime.drawing import Drawing, Draws
+from jchameleon.runtime.decode_rows import DecodeRows, DecodeTable
+from jchameleon.runtime.drawing import Drawing, Draws, StepSampling
 from jchameleon.runtime.pieces import Piece, piece_pages
 from jchameleon.runtime.programs import (
     ModelParams,
+    StepBatch,
     compile_commit,
     compile_step,
 )
@@ -56,6 +59,7 @@ class Executor:
 
     Attributes:
       compile_seconds: of each program, by name.
+      table: the running requests, for decode steps.
       build_s: seconds spent so far on laying out steps.
     """
 
@@ -78,6 +82,7 @@ class Executor:
         self.max_model_len = max_model_len
         self.max_blocks = -(-max_model_len // config.kv_block_tokens)
         self.compile_seconds: dict[str, float] = {}
+        self.table = DecodeTable(config.max_running, self.max_blocks)
         self.build_s = 0.0
         self._params = params
         self._ops = ops
@@ -220,16 +225,19 @@ class Executor:
         Every row takes whole tiles of `PREFILL_TILE_TOKENS`; together at most
         `max_batch_tokens`. Dispatch is asynchronous.
         """
-        logits, stream = self._run(rows, prefill=True)
-        tiles = np.array(row_tiles(rows, prefill=True))
+        logits, stream = self._run_prefill(rows)
+        tiles = np.array(row_tiles(rows))
         firsts = (np.cumsum(tiles) - tiles) * PREFILL_TILE_TOKENS
         scores = self._scoring.score(stream, [row.targets for row in rows], firsts)
-        return StepResult(draws=self._draw(rows, logits, prefill=True), scores=scores)
+        sampling = StepSampling.of([row.sampling for row in rows])
+        draws = self._drawing.draw(logits, sampling, last_tiles(rows))
+        return StepResult(draws=draws, scores=scores)
 
-    def decode(self, rows: Sequence[StepRow]) -> StepResult:
+    def decode(self, rows: DecodeRows) -> StepResult:
         """Run one token per row and draw the next; dispatch is asynchronous."""
-        logits, _ = self._run(rows, prefill=False)
-        return StepResult(draws=self._draw(rows, logits, prefill=False), scores=None)
+        logits = self._run_decode(rows)
+        draws = self._drawing.draw(logits, rows.sampling, np.arange(len(rows.tokens)))
+        return StepResult(draws=draws, scores=None)
 
     def logits(self, rows: Sequence[StepRow], *, prefill: bool) -> np.ndarray:
         """Run a step as `prefill` or `decode` do, without drawing tokens.
@@ -237,8 +245,9 @@ class Executor:
         Returns:
           f32[rows, V], the logits that follow each row's last token.
         """
-        logits, _ = self._run(rows, prefill=prefill)
-        return np.asarray(logits).T[last_tiles(rows, prefill=prefill)]
+        if not prefill:
+            return np.asarray(self._run_decode(decode_rows(rows))).T[: len(rows)]
+        return np.asarray(self._run_prefill(rows)[0]).T[last_tiles(rows)]
 
     def rebuild_pool(self) -> None:
         """Put zeros in the place of a pool that a failed program may have taken.
@@ -271,28 +280,31 @@ class Executor:
             for pool in self._pools
         ]
 
-    def _run(
-        self, rows: Sequence[StepRow], *, prefill: bool
-    ) -> tuple[jax.Array, jax.Array]:
+    def _run_prefill(self, rows: Sequence[StepRow]) -> tuple[jax.Array, jax.Array]:
         """Dispatch a step; return logits f32[V, tiles] and residual stream f[D, T]."""
         start_s = time.monotonic()
-        tile = PREFILL_TILE_TOKENS if prefill else 1
-        buckets = self._prefill_tokens if prefill else self._decode_rows
-        needed = sum(row_tiles(rows, prefill=prefill)) * tile
-        num_tokens = next(size for size in buckets if size >= needed)
-        batch = self._builder.build(rows, num_tokens, prefill=prefill)
+        needed = sum(row_tiles(rows)) * PREFILL_TILE_TOKENS
+        num_tokens = next(size for size in self._prefill_tokens if size >= needed)
+        batch = self._builder.build(rows, num_tokens, prefill=True)
         self.build_s += time.monotonic() - start_s
-        logits, self._pools, stream = self._steps[tile, num_tokens](
+        return self._run((PREFILL_TILE_TOKENS, num_tokens), batch)
+
+    def _run_decode(self, rows: DecodeRows) -> jax.Array:
+        """Dispatch a step; return logits f32[V, rows]."""
+        start_s = time.monotonic()
+        needed = len(rows.tokens)
+        num_tokens = next(size for size in self._decode_rows if size >= needed)
+        batch = self._builder.build_decode(rows, num_tokens)
+        self.build_s += time.monotonic() - start_s
+        return self._run((1, num_tokens), batch)[0]
+
+    def _run(
+        self, shape: tuple[int, int], batch: StepBatch
+    ) -> tuple[jax.Array, jax.Array]:
+        logits, self._pools, stream = self._steps[shape](
             self._params.leaves, self._pools, batch
         )
         return logits, stream
-
-    def _draw(
-        self, rows: Sequence[StepRow], logits: jax.Array, *, prefill: bool
-    ) -> Draws:
-        return self._drawing.draw(
-            logits, [row.sampling for row in rows], last_tiles(rows, prefill=prefill)
-        )
 
     @property
     def _largest(self) -> list[tuple[int, int]]:

@@ -5,6 +5,7 @@ import numpy as np
 from jchameleon.models.tokenizer import Tokenizer
 from jchameleon.runtime.batch import StepRow
 from jchameleon.runtime.block_keys import next_key
+from jchameleon.runtime.decode_rows import DecodeTable
 from jchameleon.runtime.drawing import DrawnToken, RowSampling
 from jchameleon.runtime.edits import RowEdits
 from jchameleon.runtime.faults import Fault
@@ -26,9 +27,46 @@ class LiveRequest:
     Attributes:
       submission: what was asked.
       num_tokens: prompt and output tokens so far.
+      place: in the table of decode rows while it runs, else -1.
       bypasses: times that a younger request was admitted over it.
       cached_tokens: tokens that it did not run because their KV entries were cached.
     """
+
+    # What every token reads comes first and in one place: after a step the caches of
+    # the processor hold weights, and each line of memory has to be fetched again.
+    __slots__ = (
+        "num_tokens",
+        "_tokens",
+        "_pages",
+        "place",
+        "_table",
+        "_block_tokens",
+        "_last_key",
+        "_edits",
+        "_first_token_s",
+        "_first_end_tokens",
+        "_end_token_ids",
+        "_has_stop",
+        "_max_tokens",
+        "_adapter_uid",
+        "_how_to_draw",
+        "_owes_prompt_logprobs",
+        "submission",
+        "_num_keys",
+        "_text",
+        "_num_pages",
+        "_prompt_logprobs",
+        "_cache_hit",
+        "_waits_since_s",
+        "_queue_s",
+        "_waits_for_adapter_since_s",
+        "_load_s",
+        "_lane",
+        "_wrs",
+        "_squashes",
+        "bypasses",
+        "cached_tokens",
+    )
 
     def __init__(
         self,
@@ -41,19 +79,20 @@ class LiveRequest:
         prompt, sampling = submission.prompt, submission.sampling
         self.submission = submission
         self.num_tokens = len(prompt)
-        self._end_token_ids = frozenset(sampling.stop_token_ids)
-        if not sampling.ignore_eos:
-            self._end_token_ids |= eos_token_ids
+        self._end_token_ids = frozenset() if sampling.ignore_eos else eos_token_ids
+        if sampling.stop_token_ids:
+            self._end_token_ids |= frozenset(sampling.stop_token_ids)
         self._edits: RowEdits | None = None
         if sampling.edits_logits:
             self._edits = RowEdits(sampling, prompt, end_token_ids=self._end_token_ids)
         self._prompt_logprobs: list[TokenLogprobs | None] = [None]
         self._owes_prompt_logprobs = sampling.prompt_logprobs is not None
-        self._tokens = np.zeros(len(prompt) + sampling.max_tokens, np.int32)
-        self._tokens[: len(prompt)] = prompt
-        # At hand: `row` is asked for every token.
         self._adapter_uid = submission.adapter_uid
-        self._logprobs = sampling.logprobs
+        self._has_stop = bool(sampling.stop)
+        self._first_end_tokens = len(prompt) + sampling.min_tokens + 1
+        self._max_tokens = len(prompt) + sampling.max_tokens
+        self._tokens = np.zeros(self._max_tokens, np.int32)
+        self._tokens[: len(prompt)] = prompt
         self._how_to_draw = (
             0.0 if sampling.greedy else sampling.temperature,
             sampling.top_k,
@@ -64,7 +103,9 @@ class LiveRequest:
         self._text = OutputText(
             tokenizer, sampling.stop, include_stop=sampling.include_stop
         )
-        self._pages: np.ndarray | None = None  # i32[NB]
+        self.place = -1
+        self._table: DecodeTable | None = None
+        self._pages: np.ndarray | None = None  # i32[NB], its own row of the table
         self._cache_hit: bool | None = None
         self._num_pages = 0
         self._waits_since_s: float | None = submission.arrival_s
@@ -83,10 +124,15 @@ class LiveRequest:
         self._block_tokens = 1 if keys is None else keys.block_tokens
 
     def admit(
-        self, pages: tuple[int, ...], *, max_blocks: int, hit: bool, now_s: float
+        self, pages: tuple[int, ...], table: DecodeTable, *, hit: bool, now_s: float
     ) -> None:
-        """Take the KV pages that the plan hands out; `hit`: its adapter is resident."""
-        self._pages = np.zeros(max_blocks, np.int32)
+        """Take the KV pages that the plan hands out, and a place in the table.
+
+        `hit`: its adapter is resident.
+        """
+        self._table = table
+        self.place = table.take(self._sampling(), adapter_uid=self._adapter_uid)
+        self._pages = table.pages[self.place]
         self._num_pages = 0
         self.grow(pages)
         if self.submission.adapter_uid is not None:
@@ -134,8 +180,15 @@ class LiveRequest:
         """Give the pages back; the tokens stay, to be run again from the first on."""
         self.adapter_arrived(now_s)
         self._waits_since_s = now_s
-        self._pages = None
         self._squashes += 1
+        self.leave()
+
+    def leave(self) -> None:
+        """Give the place in the table back, if it has one."""
+        if self._table is not None:
+            self._table.release(self.place)
+        self._table = self._pages = None
+        self.place = -1
 
     def enter_lane(self, lane: int, wrs: float) -> None:
         """Note the lane that it was admitted through and its size."""
@@ -148,18 +201,23 @@ class LiveRequest:
             self._waits_for_adapter_since_s = None
 
     def row(self, start: int, end: int) -> StepRow:
-        """Return tokens `start` to `end` as part of a step, drawing after the last."""
+        """Return tokens `start` to `end` as part of prefill, drawing after the last."""
         assert self._pages is not None, "planned before it was admitted"
-        sampling = None
-        if end == self.num_tokens:
-            sampling = RowSampling(*self._how_to_draw, end, self._edits, self._logprobs)
         return StepRow(
-            self._tokens[start:end],
-            start,
-            self._pages,
-            self._adapter_uid,
-            sampling,
-            self._targets(start, end) if self._owes_prompt_logprobs else None,
+            tokens=self._tokens[start:end],
+            start=start,
+            pages=self._pages,
+            adapter_uid=self._adapter_uid,
+            sampling=self._sampling() if end == self.num_tokens else None,
+            targets=self._targets(start, end) if self._owes_prompt_logprobs else None,
+        )
+
+    def _sampling(self) -> RowSampling:
+        return RowSampling(
+            *self._how_to_draw,
+            position=self.num_tokens,
+            edits=self._edits,
+            logprobs=self.submission.sampling.logprobs,
         )
 
     def _targets(self, start: int, end: int) -> Targets | None:
@@ -185,26 +243,28 @@ class LiveRequest:
 
     def add(self, token: int, now_s: float) -> FinishReason | None:
         """Append a drawn token and return why the request ends here, if it does."""
-        params = self.submission.sampling
         self._tokens[self.num_tokens] = token
-        self.num_tokens += 1
+        self.num_tokens = num_tokens = self.num_tokens + 1
+        if self._table is not None:
+            self._table.set_last(self.place, token, num_tokens)
         if self._edits is not None:
             self._edits.add(token)
             if self._edits.over:
                 self._edits = None
+                if self._table is not None:
+                    self._table.drop_edits(self.place)
         if self._first_token_s is None:
             self._first_token_s = now_s
-        num_output = self.num_tokens - len(self.submission.prompt)
-        if token in self._end_token_ids and num_output > params.min_tokens:
-            if params.include_stop:
+        may_end = num_tokens >= self._first_end_tokens
+        if may_end and token in self._end_token_ids:
+            if self.submission.sampling.include_stop:
                 self._text.push(token)
             return "stop"
         # Without stop strings the text decides nothing, and `delta` sees to it later.
-        may_stop = num_output > params.min_tokens
-        if params.stop and self._text.push(token, may_stop=may_stop):
+        if self._has_stop and self._text.push(token, may_stop=may_end):
             return "stop"
-        if self.num_tokens == len(self._tokens):
-            if not params.stop:
+        if num_tokens == self._max_tokens:
+            if not self._has_stop:
                 self._text.push(token)
             return "length"
         return None
@@ -214,7 +274,7 @@ class LiveRequest:
 
         To be asked after each `add`, before the next one.
         """
-        if not self.submission.sampling.stop:
+        if not self._has_stop:
             self._text.push(drawn.token)
         logprobs = None if drawn.logprobs is None else (drawn.logprobs,)
         return Delta(

@@ -29,7 +29,7 @@ def carry_out(
     hits = set(plan.hits)
     for request_id, pages in plan.kv_pages:
         one, hit = live[request_id], request_id in hits
-        one.admit(pages, max_blocks=executor.max_blocks, hit=hit, now_s=now_s)
+        one.admit(pages, executor.table, hit=hit, now_s=now_s)
         if not hit:
             loads.wait(one)
     for request_id, tokens in plan.cached:

@@ -102,7 +102,7 @@ class Replies:
                 key = live.filled_key()
                 if key is not None:
                     keys.append((request_id, key))
-                if self._add(live, drawn, now_s):
+                if self._add(request_id, live, drawn, now_s):
                     finished.append(request_id)
             except Exception as error:
                 self.fail(request_id, error)
@@ -114,9 +114,10 @@ class Replies:
             spoiled=tuple(i for i, d in output.drawn if d.token == INVALID_TOKEN),
         )
 
-    def _add(self, live: LiveRequest, drawn: DrawnToken, now_s: float) -> bool:
+    def _add(
+        self, request_id: str, live: LiveRequest, drawn: DrawnToken, now_s: float
+    ) -> bool:
         """Take one drawn token; return whether the request ended."""
-        request_id = live.submission.request_id
         if drawn.token == INVALID_TOKEN:
             why = "logits are not finite"
             self.finish(request_id, "error", why, fault="not_finite")
@@ -179,6 +180,7 @@ class Replies:
                 delta = delta._replace(finish_reason=reason, error=error, fault=fault)
         # Until here it is open: there was no answer.
         del self.live[request_id]
+        live.leave()
         self._forget(live)
         self._send_last(live.submission, delta)
 

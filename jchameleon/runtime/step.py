@@ -53,12 +53,14 @@ def run_step(
     prompts = [
         live[c.request_id].row(c.start, c.start + c.length) for c in plan.prefill
     ]
-    lives = [live[request_id] for request_id in plan.decode]
-    rows = [one.row(one.num_tokens - 1, one.num_tokens) for one in lives]
+    rows = None
+    if plan.decode:
+        places = np.array([live[request_id].place for request_id in plan.decode])
+        rows = executor.table.rows(places)
     start_s, built_s = time.monotonic(), executor.build_s
     # Both are dispatched before either is waited for.
     prefill = executor.prefill(prompts) if prompts else None
-    decode = executor.decode(rows) if rows else None
+    decode = None if rows is None else executor.decode(rows)
     meanwhile()
     drawn: list[tuple[str, DrawnToken]] = []
     scored: list[tuple[str, np.ndarray]] = []
