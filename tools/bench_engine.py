@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from bench_machine import interpreter_loop
 
 from jchameleon import LLM, SamplingParams
 
@@ -86,8 +87,11 @@ def measure_engine(
 ) -> dict[str, Any]:
     """Return host time (median, P90), compiles, and starts (the first fills caches)."""
     measure_start(model)
+    loops_s = [interpreter_loop()]
     starts_s = [measure_start(model) for _ in range(repeats)]
+    loops_s.append(interpreter_loop())
     found = measure_host(model, running=running, queued=queued)
+    loops_s.append(interpreter_loop())
     host_s = found["host_s"]
     return {
         "running": running,
@@ -98,17 +102,32 @@ def measure_engine(
         "compiles": found["compiles"],
         "start_s": statistics.median(starts_s),
         "starts_s": starts_s,
+        "loops_s": loops_s,
     }
 
 
 def print_engine(found: dict[str, Any]) -> None:
-    """Print the figures for people."""
+    """Print the figures for people, and beside the bars what they are in loops.
+
+    The loop is timed before and after each of the two.
+    """
+    before_s, between_s, after_s = found["loops_s"]
+    in_loops = [
+        f"{name.removesuffix('_s')} {found[name] / loop_s:.4g} "
+        f"(bar {BARS[name] / loop_s:.4g})"
+        for name, loop_s in (
+            ("host_s", (between_s + after_s) / 2),
+            ("start_s", (before_s + between_s) / 2),
+        )
+    ]
+    loops_ms = ", ".join(f"{1e3 * loop_s:.1f}" for loop_s in found["loops_s"])
     print(
         f"host time of an iteration, {found['running']} running, {found['queued']} "
         f"queued at first: median {1e3 * found['host_s']:.2f} ms, "
         f"P90 {1e3 * found['host_p90_s']:.2f} ms of {found['iterations']}\n"
         f"compiles after warm-up: {found['compiles']}\n"
-        f"`jchameleon generate`, warm caches, 1 token: {found['start_s']:.1f} s"
+        f"`jchameleon generate`, warm caches, 1 token: {found['start_s']:.1f} s\n"
+        f"a fixed loop of Python: {loops_ms} ms; in its units {', '.join(in_loops)}"
     )
 
 

@@ -15,6 +15,8 @@ import numpy as np
 
 CALIBRATION_REPEATS = 5
 
+LOOP_ROUNDS = 300_000
+
 QUIET_DRIFT = 1.25
 """Rates of a machine that does nothing else stay within this factor of each other."""
 
@@ -77,6 +79,22 @@ def calibrate(*, threads: int, gemm_width: int, read_bytes: int) -> dict[str, fl
         "gemm_gflops": 2 * gemm_width**3 / gemm_s / 1e9,
         "read_gbps": sum(part.nbytes for part in parts) / read_s / 1e9,
     }
+
+
+def interpreter_loop() -> float:
+    """Return the seconds of a fixed piece of Python now, best of a few.
+
+    A unit for times that go into the interpreter: another machine, or this one at
+    another moment, differs by as much there.
+    """
+
+    def loop() -> None:
+        counts: dict[int, int] = {}
+        for i in range(LOOP_ROUNDS):
+            key = i & 1023
+            counts[key] = counts.get(key, 0) + len((i, key))
+
+    return best_s(loop)
 
 
 def unrest(
