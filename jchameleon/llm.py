@@ -22,6 +22,7 @@ from jchameleon.models.conversation import (
     as_conversations,
     conversation_tokens,
 )
+from jchameleon.models.digests import model_digests
 from jchameleon.models.export import save_model
 from jchameleon.models.loader import LoadedModel, load_model
 from jchameleon.outputs import (
@@ -322,6 +323,11 @@ class LLM:
             pool_bytes=executor.pool_bytes,
             policy=load_policy(executor.config.policy).source,
         )
+
+    def digests(self) -> dict[str, str | None]:
+        """Return checksums of weights, tokenizer and chat template; takes seconds."""
+        leaves = self._executor.params.leaves
+        return model_digests(leaves, self.tokenizer, self._chat_template)
 
     def stats(self) -> EngineStats:
         """Return the engine's totals."""

@@ -246,6 +246,12 @@ DIFFERENT = {
     "model": lambda table: table.update(model="other"),
     "model_name": lambda table: table.update(model_name="other"),
     "model_config.num_layers": lambda table: table["model_config"].update(num_layers=9),
+    **{
+        f"model_sha256.{part}": lambda table, part=part: table["model_sha256"].update(
+            {part: "0" * 64}
+        )
+        for part in ("weights", "tokenizer", "chat_template")
+    },
     "dtype": lambda table: table.update(dtype="bfloat16"),
     "max_model_len": lambda table: table.update(max_model_len=9),
     "adapters.v1": lambda table: table["adapters"].update(v1="0" * 64),

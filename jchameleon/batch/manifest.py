@@ -14,7 +14,7 @@ from jchameleon.errors import BatchError
 if TYPE_CHECKING:
     from jchameleon.llm import LLM
 
-FORMAT = "jchameleon batch 1"
+FORMAT = "jchameleon batch 2"
 
 
 def manifest_path(output: Path) -> Path:
@@ -37,6 +37,8 @@ def early_facts(config: BatchConfig, input_sha256: str) -> dict[str, Any]:
 def engine_facts(llm: "LLM", model_name: str | None) -> dict[str, Any]:
     """Return what rows depend on besides: model, adapters, precision, context.
 
+    The model is its content too: another file may lie where it lay.
+
     Args:
       model_name: what lines may call the base model besides its own name.
     """
@@ -45,6 +47,7 @@ def engine_facts(llm: "LLM", model_name: str | None) -> dict[str, Any]:
         "model": llm.model_config.name,
         "model_name": model_name,
         "model_config": dataclasses.asdict(llm.model_config),
+        "model_sha256": llm.digests(),
         "dtype": facts.dtype,
         "max_model_len": llm.max_model_len,
         "lora_targets": facts.lora_targets,

@@ -130,6 +130,11 @@ class Tokenizer:
             suffix_ids=suffix,
         )
 
+    def content(self) -> bytes:
+        """Return all that encoding and decoding depend on, for checksums."""
+        ends = [self._prefix, self._suffix, self.bos_token_id, self.eos_token_ids]
+        return json.dumps([self._backend.to_str(), ends]).encode()
+
     def encode(
         self, text: str, *, add_special: bool = True, parse_special: bool = True
     ) -> list[int]:
