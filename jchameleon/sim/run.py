@@ -39,6 +39,8 @@ def settle(profile: Profile, load: Load) -> tuple[Profile, EngineConfig]:
         )
     if load.duration_s is not None:
         workload = dataclasses.replace(workload, duration_s=load.duration_s)
+    if load.process is not None:
+        workload = dataclasses.replace(workload, process=load.process)
     engine = profile.engine
     if load.policy is not None:
         engine = dataclasses.replace(engine, policy=load.policy)
