@@ -11,12 +11,7 @@ from jchameleon.pallas.operations import XLA, Operations
 from jchameleon.runtime.drawing import RowSampling
 from jchameleon.runtime.programs import StepBatch
 from jchameleon.runtime.scoring import Targets
-
-DECODE_ROWS = (1, 4, 16, 32, 64, 128, 256)
-"""Rows of decode programs, up to the power of two that holds `max_running`.
-
-Fewer than all powers of two: every size is a program to compile at start.
-"""
+from jchameleon.runtime.shapes import sampler_rows
 
 
 class StepRow(NamedTuple):
@@ -195,17 +190,6 @@ class BatchBuilder:
         if tile == 1:
             self._lora_cache = (key, work)
         return work
-
-
-def sampler_rows(num_tiles: int) -> int:
-    """Return the rows of the sampler for a step with this many logits: a decode size.
-
-    Prefill steps share the samplers of decode that way.
-    """
-    return next(
-        (size for size in DECODE_ROWS if size >= num_tiles),
-        1 << (num_tiles - 1).bit_length(),
-    )
 
 
 def row_tiles(rows: Sequence[StepRow], *, prefill: bool) -> list[int]:
