@@ -1,14 +1,16 @@
 """`jchameleon plan`: a table of what its JSON says."""
 
+import inspect
 import json
 import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from jchameleon.cli import main
+from jchameleon.cli import main, plan
 
 QUICK = ["plan", "--gpu", "a40", "--model", "llama-7b", "--slo-ttft", "1"]
 QUICK += ["--adapters", "20", "--ranks", "8,64", "--input-len", "100:300"]
@@ -94,6 +96,22 @@ def test_json_says_what_was_asked(runs):
     assert settings["workload"]["output_len"]["high"] == settings["max_tokens"] == 40
     assert settings["slo_s"] == report["slo_ttft_s"] == 1.0
     assert settings["policy"]["source"] == "chameleon-nosched"
+
+
+def test_page_names_the_keys_of_the_json_and_options_that_there_are(runs):
+    report = json.loads(runs[0][1])
+    page = (Path(__file__).parent.parent / "docs" / "capacity.md").read_text("utf-8")
+    case = report["cases"]["nominal"]
+    known = report | case | case["at_load"] | case["saturated"]
+    table = page[page.index("| key |") :].splitlines()[2:]
+    keys = [key for line in table for key in re.findall(r"`(\w+)`", line.split("|")[1])]
+    assert set(keys) <= set(known) and set(report) | set(case) <= set(keys)
+    for parent, inner in (("memory", report), ("usage", case["at_load"])):
+        row = next(line for line in table if line.startswith(f"| `{parent}` "))
+        assert set(inner[parent]) == set(re.findall(r"`(\w+)`", row)) - {parent}
+    options = set(re.findall(r"(?<=[`( ])--[a-z-]+", page)) - {"--sweep"}
+    text = inspect.getsource(plan)
+    assert all(f'"{option}"' in text for option in options)
 
 
 def test_options_reach_the_plan(tmp_path):

@@ -250,6 +250,8 @@ def _print(report: dict[str, Any]) -> None:
             "requests": f"{workload['process']}, {settings['max_tokens']} tokens of "
             f"output at the most, {workload['max_model_len']} in all",
             "SLO": f"P{percent:g} of TTFT within {report['slo_ttft_s']:g} s",
+            "runs": f"{report['num_seeds']} seeds from {workload['seed']}; times are "
+            "guesses, from shares of the GPU's peaks",
         }
     )
     _print_memory(memory)
@@ -259,7 +261,7 @@ def _print(report: dict[str, Any]) -> None:
     low, high = report["range_rps"]
     print(
         f"\nholds {capacity:.3g}{spread} requests/s; {low:.3g} to {high:.3g} by the "
-        "cost model, which is a guess"
+        "cost model"
     )
 
 
