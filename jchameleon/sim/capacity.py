@@ -7,6 +7,8 @@ import statistics
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
+
 from jchameleon.config import (
     ATTENTION_PROJECTIONS,
     EngineConfig,
@@ -254,8 +256,6 @@ def _alone_s(profile: Profile, load: Load) -> list[float]:
 
 
 def _percentile(values: list[float], percent: float) -> float:
-    import numpy as np
-
     found = percentile(np.array(values), percent)
     assert found is not None, "requests were drawn"
     return found
@@ -331,6 +331,9 @@ def _bracket(
     """Return about what a profile holds, with the first seed; None if nothing.
 
     By doubling and halving, so no more than where a scan is to begin.
+
+    Args:
+      first_rps: to try first.
     """
 
     def holds(rate_rps: float) -> bool:
