@@ -16,12 +16,8 @@ from jchameleon.config import PREFILL_TILE_TOKENS
 from jchameleon.llm import LLM
 from jchameleon.runtime.batch import StepRow
 from jchameleon.runtime.executor import Executor
-from jchameleon.runtime.pieces import (
-    Piece,
-    piece_pages,
-    split_blocks,
-    split_targets,
-)
+from jchameleon.runtime.pieces import Piece, split_blocks, split_targets
+from jchameleon.runtime.shapes import piece_pages
 
 TIE_GAP = 1e-4
 """Below this gap between the reference's two best logits, rounding picks the token."""

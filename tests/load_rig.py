@@ -10,8 +10,8 @@ from slow_adapters import read_adapter
 from jchameleon.config import ModelConfig
 from jchameleon.lora.adapter import HostAdapter, LoraPair
 from jchameleon.lora.layout import ChunkLayout
-from jchameleon.runtime.pieces import piece_pages
 from jchameleon.runtime.programs import commit_load
+from jchameleon.runtime.shapes import piece_pages
 
 TINY = ModelConfig.preset("tiny")
 QKVO = ("q", "k", "v", "o")

@@ -85,6 +85,7 @@ def test_bench_with_failed_requests_says_why_and_ends_with_3(server, tmp_path, c
         (("--percentiles", "101"), "percentiles="),
         (("--metadata", "x"), "metadata='x'"),
         (("--popularity", "pareto:1"), "popularity='pareto:1'"),
+        (("--arrivals", "bursty:9:1:1"), "process='bursty:9:1:1' must be"),
         (("--input-len", "trace"), "need a trace"),
         (("--trace", "nowhere.csv"), "cannot read nowhere.csv"),
         (("--token-file", "nowhere"), "cannot read nowhere"),
@@ -94,6 +95,13 @@ def test_bench_refuses_nonsense_in_one_line(server, options, problem, capsys):
     assert bench(server, *options) == 2
     out, err = capsys.readouterr()
     assert not out and problem in err and err.count("\n") == 1
+
+
+def test_bench_sends_in_clumps(server, tmp_path, capsys):
+    report = tmp_path / "report.json"
+    options = ["--arrivals", "gamma:3", "--rate", "50", "--num-requests", "8"]
+    assert bench(server, *options, "--json", report) == 0
+    assert json.loads(report.read_text())["arrival_process"] == "gamma:3"
 
 
 def test_bench_without_a_server_says_so_in_one_line(capsys):

@@ -61,8 +61,17 @@ MAY_IMPORT = {
     "runtime.policy": {"config"},
     "runtime": {"config", "sampling", "models", "lora", "pallas", "runtime.policy"},
     "workload": set(),
-    # How many pages an adapter takes; nothing else of lora.
-    "sim": {"config", "runtime.policy", "workload", "lora.layout"},
+    # How many pages an adapter takes, and what else takes memory: arithmetic alone.
+    "sim": {
+        "config",
+        "runtime.policy",
+        "runtime.memory",
+        "runtime.shapes",
+        "runtime.xla_env",
+        "workload",
+        "lora.layout",
+        "models.params",
+    },
     "serving": {
         "serving.proto",
         "config",
@@ -119,6 +128,7 @@ WITHOUT_JAX = (
     "runtime.memory",
     "runtime.output",
     "runtime.policy",
+    "runtime.shapes",
     "runtime.xla_env",
     "workload",
     "sim",

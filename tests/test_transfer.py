@@ -32,12 +32,8 @@ from slow_adapters import close_gate, open_gate, read_adapter
 from jchameleon.config import EngineConfig
 from jchameleon.llm import LLM
 from jchameleon.runtime.host_store import HostStore
-from jchameleon.runtime.pieces import (
-    CHUNKS_PER_PIECE,
-    piece_pages,
-    split_blocks,
-    split_targets,
-)
+from jchameleon.runtime.pieces import split_blocks, split_targets
+from jchameleon.runtime.shapes import CHUNKS_PER_PIECE, piece_pages
 from jchameleon.runtime.staging import HostStaging, Packer
 from jchameleon.runtime.transfer import (
     AdapterLoader,

@@ -9,6 +9,8 @@ from typing import Any
 
 from aot_kernels import Kernel
 
+from jchameleon.runtime.shapes import most_temp_bytes
+
 DECODE_REGISTERS = 128
 PREFILL_REGISTERS = 200
 DECODE_SHARED_BYTES = 32 << 10
@@ -16,12 +18,6 @@ DECODE_SHARED_BYTES = 32 << 10
 
 KERNELS_PER_LAYER = 18
 KERNELS_BESIDE_LAYERS = 8
-LEAST_TEMP_BYTES = 8_000_000
-DECODE_TEMP_BYTES = 500_000
-"""Temporary memory of decode, for each row."""
-
-PREFILL_TEMP_BYTES = 130_000
-"""Temporary memory of prefill, for each token."""
 
 MOST_MOVED = 1.15
 """Of the fewest bytes, where memory bounds a program."""
@@ -112,8 +108,7 @@ def program_faults(
             faults += generated_faults(kernel)
     if not program.own_kernels:
         return faults  # the bars below are of steps made of our kernels
-    per_token = DECODE_TEMP_BYTES if kind == "decode" else PREFILL_TEMP_BYTES
-    most_temp = max(LEAST_TEMP_BYTES, per_token * int(size))
+    most_temp = most_temp_bytes(int(size), decode=kind == "decode")
     check(
         program.temp_bytes <= most_temp,
         f"{program.temp_bytes} temporary bytes, at most {most_temp}",

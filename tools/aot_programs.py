@@ -26,11 +26,11 @@ from jchameleon.models.params import param_shapes
 from jchameleon.pallas import operations
 from jchameleon.pallas.gpu_device import arch_of
 from jchameleon.pallas.operations import Operations
-from jchameleon.runtime.batch import BatchBuilder, StepBatch, sampler_rows
+from jchameleon.runtime.batch import BatchBuilder, StepBatch
 from jchameleon.runtime.drawing import Drawing
-from jchameleon.runtime.pieces import piece_pages
 from jchameleon.runtime.programs import ModelParams, compile_commit, compile_step
 from jchameleon.runtime.setup import chunk_layout
+from jchameleon.runtime.shapes import piece_pages, sampler_rows
 
 POOL_SHARE = 0.9
 """Share of device memory that weights and pool take together."""

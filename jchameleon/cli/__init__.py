@@ -20,6 +20,7 @@ from jchameleon.cli import (
     export,
     generate,
     info,
+    plan,
     replay,
     serve,
     simulate,
@@ -69,6 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_command(commands)
     replay.add_command(commands)
     simulate.add_command(commands)
+    plan.add_command(commands)
     return parser
 
 

@@ -45,9 +45,10 @@ def add_command(commands: Any) -> None:
     load = parser.add_argument_group("load")
     load.add_argument(
         "--arrivals",
-        choices=("poisson", "fixed", "trace"),
         default="poisson",
-        help="default: %(default)s",
+        metavar="PROCESS",
+        help="poisson, fixed, trace, gamma:CV or bursty:FACTOR:ON_S:OFF_S (default: "
+        "%(default)s)",
     )
     load.add_argument(
         "--rate",
@@ -118,8 +119,8 @@ def add_command(commands: Any) -> None:
         "--popularity",
         default="uniform",
         metavar="LAW",
-        help="uniform; zipf:A over all; power:A within each rank, ranks alike "
-        "(default: %(default)s)",
+        help="uniform; zipf:A over all; power:A within each rank, ranks alike, or "
+        "power:A:B with ranks by B (default: %(default)s)",
     )
     out = parser.add_argument_group("report")
     out.add_argument("--json", type=Path, metavar="FILE", help="write everything here")

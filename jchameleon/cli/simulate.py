@@ -44,6 +44,12 @@ def add_command(commands: Any) -> None:
         "--duration", type=float, metavar="S", help="seconds of arrivals"
     )
     parser.add_argument(
+        "--arrivals",
+        metavar="PROCESS",
+        help="poisson, fixed, trace, gamma:CV or bursty:FACTOR:ON_S:OFF_S (default: "
+        "the profile's)",
+    )
+    parser.add_argument(
         "--sweep",
         metavar="LOW:HIGH:STEP",
         help="in place of --rate: scan rates upwards for the first whose P99 TTFT "
@@ -75,6 +81,7 @@ def run(args: argparse.Namespace) -> int:
         seed=args.seed,
         trace=trace,
         duration_s=args.duration,
+        process=args.arrivals,
     )
     if args.sweep is None:
         report = simulate(profile, load)

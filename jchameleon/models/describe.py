@@ -1,16 +1,14 @@
 """What a model is and costs, from its small files; weights are not read."""
 
 import dataclasses
-import itertools
-import math
 from pathlib import Path
 from typing import Any
 
-from jchameleon.config import EngineConfig, ModelConfig, default_max_model_len
+from jchameleon.config import EngineConfig, default_max_model_len
 from jchameleon.lora.layout import CHUNK_RANK, ChunkLayout
 from jchameleon.models.files import PARAMS_DIR
 from jchameleon.models.loader import ModelCard, holds_orbax, load_model_card
-from jchameleon.models.params import layer_tensor_shapes, numpy_dtype, tensor_shapes
+from jchameleon.models.params import num_parameters, numpy_dtype
 
 
 def describe_model(
@@ -72,15 +70,6 @@ def describe_model(
             layout.pages_per_chunk * page_bytes
         ),
     }
-
-
-def num_parameters(config: ModelConfig) -> int:
-    """Return the number of parameters, tied ones once."""
-    layer = sum(map(math.prod, layer_tensor_shapes(config).values()))
-    outside = itertools.takewhile(
-        lambda item: not item[0].startswith("model.layers."), tensor_shapes(config)
-    )
-    return sum(math.prod(shape) for _, shape in outside) + config.num_layers * layer
 
 
 def _weights_bytes(card: ModelCard) -> int | None:

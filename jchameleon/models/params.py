@@ -10,6 +10,7 @@ Variants add to each layer "qkv_bias" [q_dim + 2 * kv_dim], "o_bias" [D], "q_nor
 Mistral, Qwen2 and Qwen3 checkpoints.
 """
 
+import itertools
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -79,6 +80,15 @@ def layer_tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         shapes["self_attn.q_norm.weight"] = (config.head_dim,)
         shapes["self_attn.k_norm.weight"] = (config.head_dim,)
     return shapes
+
+
+def num_parameters(config: ModelConfig) -> int:
+    """Return the number of parameters, tied ones once."""
+    layer = sum(map(math.prod, layer_tensor_shapes(config).values()))
+    outside = itertools.takewhile(
+        lambda item: not item[0].startswith("model.layers."), tensor_shapes(config)
+    )
+    return sum(math.prod(shape) for _, shape in outside) + config.num_layers * layer
 
 
 def param_shapes(config: ModelConfig) -> dict[str, Any]:

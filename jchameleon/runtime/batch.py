@@ -12,12 +12,7 @@ from jchameleon.runtime.decode_rows import DecodeRows
 from jchameleon.runtime.drawing import RowSampling, StepSampling
 from jchameleon.runtime.programs import StepBatch
 from jchameleon.runtime.scoring import Targets
-
-DECODE_ROWS = (1, 4, 16, 32, 64, 128, 256)
-"""Rows of decode programs, up to the power of two that holds `max_running`.
-
-Fewer than all powers of two: every size is a program to compile at start.
-"""
+from jchameleon.runtime.shapes import sampler_rows
 
 
 class StepRow(NamedTuple):
@@ -227,17 +222,6 @@ def decode_rows(rows: Sequence[StepRow]) -> DecodeRows:
         pages=np.array([row.pages for row in rows], np.int32),
         adapter_uids=[row.adapter_uid for row in rows],
         sampling=StepSampling.of([row.sampling for row in rows]),
-    )
-
-
-def sampler_rows(num_tiles: int) -> int:
-    """Return the rows of the sampler for a step with this many logits: a decode size.
-
-    Prefill steps share the samplers of decode that way.
-    """
-    return next(
-        (size for size in DECODE_ROWS if size >= num_tiles),
-        1 << (num_tiles - 1).bit_length(),
     )
 
 

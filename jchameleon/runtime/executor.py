@@ -21,17 +21,15 @@ from jchameleon.errors import ConfigError
 from jchameleon.lora.layout import ChunkLayout
 from jchameleon.pallas.operations import XLA, Operations, compile_operations
 from jchameleon.runtime.batch import (
-    DECODE_ROWS,
     BatchBuilder,
     StepRow,
     decode_rows,
     last_tiles,
     row_tiles,
-    sampler_rows,
 )
 from jchameleon.runtime.decode_rows import DecodeRows, DecodeTable
 from jchameleon.runtime.drawing import Drawing, Draws, StepSampling
-from jchameleon.runtime.pieces import Piece, piece_pages
+from jchameleon.runtime.pieces import Piece
 from jchameleon.runtime.programs import (
     ModelParams,
     StepBatch,
@@ -39,11 +37,15 @@ from jchameleon.runtime.programs import (
     compile_step,
 )
 from jchameleon.runtime.scoring import Scores, Scoring
+from jchameleon.runtime.shapes import (
+    decode_buckets,
+    piece_pages,
+    prefill_buckets,
+    returned_bytes,
+    sampler_rows,
+)
 
 logger = logging.getLogger(__name__)
-
-PREFILL_SIZES = 5
-"""Prefill programs at most."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -143,17 +145,8 @@ class Executor:
 
     @property
     def output_bytes(self) -> int:
-        """Most bytes of what the steps of an iteration return and the sampler edits.
-
-        Logits f32[V, R], twice where a row edits them, and the stream f[D, T], of a
-        prefill and a decode step: both are dispatched before either is waited for.
-        """
-        out_bytes = 0
-        for tile, tokens in self._largest:
-            logits_bytes = 4 * self.model.vocab_size * sampler_rows(tokens // tile)
-            stream_bytes = self._dtype.itemsize * self.model.hidden_size * tokens
-            out_bytes += 2 * logits_bytes + stream_bytes
-        return out_bytes
+        """Most bytes of what the steps of an iteration return and the sampler edits."""
+        return returned_bytes(self.config, self.model, self._dtype.itemsize)
 
     @property
     def device(self) -> jax.Device:
@@ -359,25 +352,3 @@ class Executor:
         count = piece_pages(self.layout)
         self._commit = compile_commit(self._pools, count)
         self.compile_seconds[f"commit[{count}]"] = time.monotonic() - start_s
-
-
-def decode_buckets(max_running: int) -> tuple[int, ...]:
-    """Return the row counts of decode programs, the last at least `max_running`."""
-    largest = 1 << (max_running - 1).bit_length()
-    return (*(size for size in DECODE_ROWS if size < largest), largest)
-
-
-def prefill_buckets(max_batch_tokens: int) -> tuple[int, ...]:
-    """Return the token counts of prefill programs: whole tiles, evenly spread.
-
-    At most `PREFILL_SIZES`, from one tile to `max_batch_tokens`, each at most twice
-    the one before where that suffices, else a constant factor apart.
-    """
-    largest = max_batch_tokens // PREFILL_TILE_TOKENS
-    factor = max(2.0, largest ** (1 / (PREFILL_SIZES - 1)))
-    sizes = {largest}
-    size = 1.0
-    while round(size) < largest:
-        sizes.add(round(size))
-        size *= factor
-    return tuple(size * PREFILL_TILE_TOKENS for size in sorted(sizes))

@@ -2,7 +2,10 @@
 
 import dataclasses
 
+from jchameleon.config import RESERVED_PAGES, EngineConfig
 from jchameleon.errors import ConfigError
+from jchameleon.lora.layout import ChunkLayout
+from jchameleon.runtime.shapes import staged_pages
 
 RESERVE_BYTES = 256 << 20
 """Left free for what no term names: holes between arrays, inputs of steps. Chosen, not
@@ -89,3 +92,24 @@ def check_pool(memory: DeviceMemory, pool_bytes: int) -> None:
             f"a pool of {pool_bytes} bytes does not fit on the device: {memory}; lower "
             "pool_bytes"
         )
+
+
+def page_range(
+    config: EngineConfig, layout: ChunkLayout, max_model_len: int
+) -> tuple[int, int]:
+    """Return the fewest pages that serve any request, and the most that are of use."""
+    # More than all rows at full length, and as much again in adapters, is never used.
+    blocks = -(-max_model_len // config.kv_block_tokens)
+    useful = 2 * config.max_running * blocks
+    return RESERVED_PAGES + blocks + layout.num_pages(config.max_lora_rank), useful
+
+
+def staging_bytes(config: EngineConfig, layout: ChunkLayout, page_bytes: int) -> int:
+    """Return the bytes of adapters on their way into the pool, at the most.
+
+    Args:
+      page_bytes: of a page in all layers.
+    """
+    # Without targets every adapter is refused.
+    staged = staged_pages(layout, config.max_lora_rank) if layout.targets else 0
+    return staged * page_bytes * config.max_loads_in_flight

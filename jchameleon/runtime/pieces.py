@@ -8,11 +8,6 @@ import dataclasses
 import jax
 import numpy as np
 
-from jchameleon.lora.layout import ChunkLayout
-
-CHUNKS_PER_PIECE = 4
-"""Chunks that one commit program writes: 32 ranks bound the staging memory."""
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Piece:
@@ -25,16 +20,6 @@ class Piece:
 
     pages: np.ndarray
     block: jax.Array
-
-
-def piece_pages(layout: ChunkLayout) -> int:
-    """Return the fixed number of pages of a `Piece`."""
-    return CHUNKS_PER_PIECE * layout.pages_per_chunk
-
-
-def staged_pages(layout: ChunkLayout, rank: int) -> int:
-    """Return the pages that the pieces of an adapter take on their way."""
-    return -(-layout.num_chunks(rank) // CHUNKS_PER_PIECE) * piece_pages(layout)
 
 
 def split_blocks(

@@ -11,8 +11,13 @@ from jchameleon.config import RESERVED_PAGES, EngineConfig, ModelConfig
 from jchameleon.errors import ConfigError
 from jchameleon.lora.layout import ChunkLayout
 from jchameleon.runtime.executor import Executor
-from jchameleon.runtime.memory import DeviceMemory, check_pool, fit_pages
-from jchameleon.runtime.pieces import staged_pages
+from jchameleon.runtime.memory import (
+    DeviceMemory,
+    check_pool,
+    fit_pages,
+    page_range,
+    staging_bytes,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +63,7 @@ def resolve_num_pages(
                 f"{RESERVED_PAGES + 1} pages of {page_bytes} bytes"
             )
         return pages
-    least, useful = _page_range(config, layout, max_model_len)
+    least, useful = page_range(config, layout, max_model_len)
     return max(least, min(useful, DEFAULT_POOL_BYTES // page_bytes))
 
 
@@ -74,9 +79,7 @@ def measure_num_pages(executor: Executor) -> int:
     executor.compile_largest()
     memory = _measure(executor)
     assert memory is not None, "the device reports its memory"
-    least, useful = _page_range(
-        executor.config, executor.layout, executor.max_model_len
-    )
+    least, useful = page_range(executor.config, executor.layout, executor.max_model_len)
     return fit_pages(
         memory,
         page_bytes=executor.pool_bytes // executor.num_pages,
@@ -103,16 +106,6 @@ def host_memory_bytes() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def _page_range(
-    config: EngineConfig, layout: ChunkLayout, max_model_len: int
-) -> tuple[int, int]:
-    """Return the fewest pages that serve any request, and the most that are of use."""
-    # More than all rows at full length, and as much again in adapters, is never used.
-    blocks = -(-max_model_len // config.kv_block_tokens)
-    useful = 2 * config.max_running * blocks
-    return RESERVED_PAGES + blocks + layout.num_pages(config.max_lora_rank), useful
-
-
 def _page_bytes(config: EngineConfig, layout: ChunkLayout) -> int:
     """Return the bytes of a page in all layers."""
     itemsize = jnp.dtype(config.dtype).itemsize
@@ -126,12 +119,10 @@ def _measure(executor: Executor) -> DeviceMemory | None:
     if stats is None:
         return None
     config, layout = executor.config, executor.layout
-    # Without targets every adapter is refused.
-    staged = staged_pages(layout, config.max_lora_rank) if layout.targets else 0
     return DeviceMemory(
         limit_bytes=stats["bytes_limit"],
         in_use_bytes=stats["bytes_in_use"],
         temp_bytes=executor.temp_bytes,
         output_bytes=executor.output_bytes,
-        staging_bytes=staged * _page_bytes(config, layout) * config.max_loads_in_flight,
+        staging_bytes=staging_bytes(config, layout, _page_bytes(config, layout)),
     )

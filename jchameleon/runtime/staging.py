@@ -16,7 +16,8 @@ from jchameleon.lora.adapter import HostAdapter
 from jchameleon.lora.layout import ChunkLayout
 from jchameleon.runtime.executor import Executor
 from jchameleon.runtime.host_store import HostStore, PackedAdapter
-from jchameleon.runtime.pieces import piece_pages, split_blocks
+from jchameleon.runtime.pieces import split_blocks
+from jchameleon.runtime.shapes import piece_pages
 
 PACKERS = 2
 """Adapters packed at once: packing takes cores and memory bandwidth from the steps."""

@@ -16,7 +16,8 @@ import numpy as np
 from jchameleon.config import EngineConfig
 from jchameleon.lora.layout import ChunkLayout
 from jchameleon.runtime.faults import Fault, load_fault
-from jchameleon.runtime.pieces import Piece, piece_pages, split_targets
+from jchameleon.runtime.pieces import Piece, split_targets
+from jchameleon.runtime.shapes import piece_pages
 from jchameleon.runtime.staging import Blocks, Staging
 
 logger = logging.getLogger(__name__)

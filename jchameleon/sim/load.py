@@ -17,6 +17,7 @@ class Load:
       rate_rps: mean arrivals a second.
       trace: lengths are drawn from it, instead of by the profile's law.
       duration_s: of arrivals; None is the profile's own.
+      process: of arrivals, as `Workload` takes it; None is the profile's own.
     """
 
     policy: Any = None
@@ -24,6 +25,7 @@ class Load:
     seed: int = 0
     trace: Trace | None = None
     duration_s: float | None = None
+    process: str | None = None
 
     def __post_init__(self) -> None:
         if not (is_number(self.rate_rps) and self.rate_rps > 0):

@@ -143,6 +143,11 @@ class Profile:
         return self.engine.pool_bytes // self.page_bytes
 
     @property
+    def usable_pages(self) -> int:
+        """Pages of the pool that can be handed out."""
+        return self.num_pages - RESERVED_PAGES
+
+    @property
     def largest_request_pages(self) -> int:
         """Pages of the longest request and the largest adapter."""
         blocks = -(-self.workload.max_model_len // self.engine.kv_block_tokens)

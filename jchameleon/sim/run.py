@@ -6,6 +6,8 @@ from typing import Any
 
 from jchameleon.config import EngineConfig
 from jchameleon.runtime.policy.build import build_planner
+from jchameleon.runtime.policy.planner import Planner
+from jchameleon.sim.cost import CostModel
 from jchameleon.sim.load import Load
 from jchameleon.sim.profile import Profile
 from jchameleon.sim.report import build_report
@@ -39,6 +41,8 @@ def settle(profile: Profile, load: Load) -> tuple[Profile, EngineConfig]:
         )
     if load.duration_s is not None:
         workload = dataclasses.replace(workload, duration_s=load.duration_s)
+    if load.process is not None:
+        workload = dataclasses.replace(workload, process=load.process)
     engine = profile.engine
     if load.policy is not None:
         engine = dataclasses.replace(engine, policy=load.policy)
@@ -50,11 +54,19 @@ def run_once(
     engine: EngineConfig,
     load: Load,
     observe: Observer | None = None,
+    *,
+    planner: Planner | None = None,
+    cost: CostModel | None = None,
 ) -> SimResult:
-    """Run what `settle` returned."""
+    """Run what `settle` returned.
+
+    Args:
+      planner: a new one to run, in place of one that is built here.
+      cost: in place of the profile's.
+    """
     simulator = Simulator(
-        build_planner(engine, profile.num_pages),
-        profile.cost,
+        planner or build_planner(engine, profile.num_pages),
+        cost or profile.cost,
         profile.link,
         profile.sim_adapters(),
         page_bytes=profile.page_bytes,

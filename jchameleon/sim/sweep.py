@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from jchameleon.errors import ConfigError
@@ -59,19 +59,12 @@ def find_load(
     if num_seeds < 1:
         raise ConfigError(f"seeds={num_seeds} must be at least 1")
     seeds = [
-        _scan(profile, dataclasses.replace(load, seed=seed), rates_rps)
+        scan(profile, dataclasses.replace(load, seed=seed), rates_rps)
         for seed in range(load.seed, load.seed + num_seeds)
     ]
     mean_rps = half_rps = None
     if not any(row["limit"] for row in seeds):
-        found = [row["over_slo_rps"] for row in seeds]
-        mean_rps = statistics.fmean(found)
-        if num_seeds > 1:
-            # Here: it takes longer to import than a short simulation.
-            from scipy.stats import t
-
-            error = statistics.stdev(found) / math.sqrt(num_seeds)
-            half_rps = float(t.ppf(0.975, num_seeds - 1)) * error
+        mean_rps, half_rps = mean_and_half([row["over_slo_rps"] for row in seeds])
     first = dataclasses.replace(load, rate_rps=rates_rps[0])
     return {
         "rates_rps": list(rates_rps),
@@ -82,21 +75,46 @@ def find_load(
     }
 
 
-def _scan(profile: Profile, load: Load, rates_rps: Sequence[float]) -> dict[str, Any]:
-    tried = []
+def mean_and_half(values: Sequence[float]) -> tuple[float, float | None]:
+    """Return the mean and half its 95 % interval (Student), None of one value."""
+    mean = statistics.fmean(values)
+    if len(values) < 2:
+        return mean, None
+    # Here: it takes longer to import than a short simulation.
+    from scipy.stats import t
+
+    error = statistics.stdev(values) / math.sqrt(len(values))
+    return mean, float(t.ppf(0.975, len(values) - 1)) * error
+
+
+def ttft_at(profile: Profile, load: Load, percent: float = PERCENT) -> float | None:
+    """Return a percentile of the times to first token under a load, in seconds.
+
+    None where a request was turned away: it waited for ever.
+    """
+    samples = run_once(*settle(profile, load), load).samples
+    return None if samples.failed else percentile(samples.ttft_s, percent)
+
+
+def scan(
+    profile: Profile, load: Load, rates_rps: Iterable[float], percent: float = PERCENT
+) -> dict[str, Any]:
+    """Return the first rate at which a percentile of TTFT exceeds the profile's SLO.
+
+    Args:
+      load: its rate is not used.
+      rates_rps: to try, ascending.
+    """
+    tried: list[dict[str, float | None]] = []
     over_rps = limit = None
     for rate_rps in rates_rps:
-        at_rate = dataclasses.replace(load, rate_rps=rate_rps)
-        result = run_once(*settle(profile, at_rate), at_rate)
-        p99_s = percentile(result.samples.ttft_s, PERCENT)
-        if result.samples.failed or p99_s is None:
-            p99_s = None  # what was turned away waited for ever
-        tried.append({"rate_rps": rate_rps, "ttft_p99_s": p99_s})
-        if p99_s is None or p99_s > profile.slo_s:
+        ttft_s = ttft_at(profile, dataclasses.replace(load, rate_rps=rate_rps), percent)
+        tried.append({"rate_rps": rate_rps, f"ttft_p{percent:g}_s": ttft_s})
+        if ttft_s is None or ttft_s > profile.slo_s:
             over_rps = rate_rps
             break
     if over_rps is None:
         limit = "the highest rate keeps the SLO"
-    elif over_rps == rates_rps[0]:
+    elif len(tried) == 1:
         limit = "the lowest rate exceeds the SLO"
     return {"seed": load.seed, "over_slo_rps": over_rps, "limit": limit, "runs": tried}

@@ -18,31 +18,37 @@ class Popularity:
     """How often each adapter is asked for.
 
     Attributes:
-      law: "uniform"; "zipf", the i-th of all as often as i**-exponent; "power", ranks
-        equally often and within a rank the i-th as often as i**-exponent (Chameleon,
-        section 5.1).
+      law: "uniform"; "zipf", the i-th of all as often as i**-exponent; "power", within
+        a rank the i-th as often as i**-exponent (Chameleon, section 5.1).
+      rank_exponent: of "power": the j-th rank of all, in the order in which they are
+        named, as often as j**-rank_exponent; 0 has ranks equally often.
     """
 
     law: str = "uniform"
     exponent: float = 0.0
+    rank_exponent: float = 0.0
 
     @classmethod
     def parse(cls, text: str) -> "Popularity":
-        """Read "uniform", "zipf:1.2" or "power:1".
+        """Read "uniform", "zipf:1.2", "power:1" or "power:1:0.5".
 
         Raises:
           ConfigError: it is something else.
         """
-        law, _, exponent = text.partition(":")
+        law, *exponents = text.split(":")
+        most = {"uniform": 0, "zipf": 1, "power": 2}.get(law, -1)
         try:
-            value = float(exponent or "0")
-            if (law == "uniform") == (not exponent) and 0 <= value < math.inf:
-                if law in ("uniform", "zipf", "power"):
-                    return cls(law=law, exponent=value)
+            values = [float(exponent) for exponent in exponents]
+            if min(most, 1) <= len(values) <= most and all(
+                0 <= value < math.inf for value in values
+            ):
+                first, second = (*values, 0.0, 0.0)[:2]
+                return cls(law=law, exponent=first, rank_exponent=second)
         except ValueError:
             pass
         raise ConfigError(
-            f"popularity={text!r} must be uniform, zipf:A or power:A, such as zipf:1.2"
+            f"popularity={text!r} must be uniform, zipf:A, power:A or power:A:B, such "
+            "as zipf:1.2"
         )
 
     def weights(self, ranks: Sequence[int | None]) -> list[float]:
@@ -57,8 +63,12 @@ class Popularity:
         totals: defaultdict[int | None, float] = defaultdict(float)
         for group, weight in zip(groups, weights, strict=True):
             totals[group] += weight
+        shares = {
+            group: place**-self.rank_exponent for place, group in enumerate(totals, 1)
+        }
+        whole = sum(shares.values())
         return [
-            weight / totals[group] / len(totals)
+            weight / totals[group] * shares[group] / whole
             for group, weight in zip(groups, weights, strict=True)
         ]
 
@@ -149,6 +159,7 @@ class Workload:
     """Everything that a seed leaves open.
 
     Attributes:
+      process: when they are sent, as `arrivals.Process.parse` reads it.
       rate_rps: None is the trace's own.
       num_requests: at most; None is as many as come in `duration_s`.
       duration_s: nothing is sent later; None sends `num_requests`.
@@ -160,7 +171,7 @@ class Workload:
       vocab_size: prompts are random token ids below it.
     """
 
-    process: Process = "poisson"
+    process: str = "poisson"
     rate_rps: float | None = 1.0
     num_requests: int | None = 100
     duration_s: float | None = None
@@ -174,6 +185,7 @@ class Workload:
     vocab_size: int = 256
 
     def __post_init__(self) -> None:
+        Process.parse(self.process)
         for field in ("rate_rps", "duration_s", "length_scale"):
             value = getattr(self, field)
             if value is not None and not value > 0:
