@@ -7,7 +7,7 @@ import dataclasses
 import gc
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,8 @@ from jchameleon.errors import (
     RequestFailedError,
     UnknownAdapterError,
 )
-from jchameleon.models.loader import load_model
+from jchameleon.models.conversation import conversation_tokens
+from jchameleon.models.loader import LoadedModel, load_model
 from jchameleon.sampling import SamplingParams
 
 if TYPE_CHECKING:
@@ -55,9 +56,6 @@ def run(args: argparse.Namespace) -> None:
     defaults = EngineConfig()
     rows = min(defaults.max_running, len(uses) * sampling.n)
     rows = engine.setdefault("max_running", rows)
-    engine.setdefault(
-        "max_batch_tokens", min(defaults.max_batch_tokens, _enough(prompts, rows))
-    )
 
     with _without_collections():
         # Weights are read on one core while jax is imported on another.
@@ -66,6 +64,8 @@ def run(args: argparse.Namespace) -> None:
             from jchameleon import LLM
 
             model = read.result()
+        enough = _enough(_lengths(model, prompts, chat=args.chat), rows)
+        engine.setdefault("max_batch_tokens", min(defaults.max_batch_tokens, enough))
         llm = LLM(model, adapters=adapters, dtype=args.dtype, **engine)
     with llm:
         inputs = _templated(llm, prompts, chat=args.chat)
@@ -182,15 +182,33 @@ def _prompts(given: list[str], file: Path | None) -> list[str]:
     return prompts
 
 
-def _enough(prompts: list[str], rows: int) -> int:
-    """Return tokens of an iteration that take all prompts at once beside `rows`.
+def _lengths(
+    model: LoadedModel, prompts: list[str], *, chat: bool | None
+) -> Iterator[int]:
+    """Yield the tokens of each prompt, as `_templated` makes them.
 
-    Programs for more of either than there will be only take time to load. A token is a
-    byte of text or more; a chat template and padding add to that, and what does not fit
-    after all runs in chunks.
+    Without a tokenizer, or a template that is asked for, there are none: the engine
+    says so.
     """
-    tokens = rows + sum(len(prompt.encode()) + 96 for prompt in prompts)
-    return -(-tokens // PREFILL_TILE_TOKENS) * PREFILL_TILE_TOKENS
+    tokenizer, template = model.tokenizer, model.chat_template
+    for prompt in prompts:
+        if tokenizer is None or (chat and template is None):
+            yield 0
+        elif template is not None and chat is not False:
+            yield len(conversation_tokens(template, tokenizer, prompt))
+        else:
+            yield len(tokenizer.encode(prompt))
+
+
+def _enough(lengths: Iterable[int], rows: int) -> int:
+    """Return tokens of an iteration that take all prompts at once, or `rows`.
+
+    Programs for more of either than there will be only take time to load.
+    """
+    tiles = sum(-(-length // PREFILL_TILE_TOKENS) for length in lengths)
+    # One more than the rows fill, for prompts to come on while all decode.
+    least = 1 + -(-rows // PREFILL_TILE_TOKENS)
+    return max(tiles, least) * PREFILL_TILE_TOKENS
 
 
 def _uses(
