@@ -124,8 +124,8 @@ class Paced:
             self._behind.pop(request.request_id, None)
             self._kv_pages -= entry.kv_pages
         for request in view.requeued:
-            entry = self._entries.get(request.request_id)
-            if entry is not None:  # else it has left meanwhile
+            if request.request_id in self._entries:  # else it has left meanwhile
+                entry = self._entries[request.request_id]
                 self._behind[request.request_id] = entry
                 self._charge(entry, 0)
         for request in view.outgrown:
