@@ -221,8 +221,8 @@ def test_policy_only_chameleons_scheduler_gets_time_constants():
             "min_samples": 30,
         }
     assert found.policy("lru", warm_requests=9)["admission"]["min_samples"] == 16
-    assert {"chameleon", "adaptive", "gdsf"} <= with_lanes
-    assert not {"s-lora", "sjf", "chameleon-nosched"} & with_lanes
+    assert {"chameleon", "lru", "gdsf"} <= with_lanes
+    assert not {"adaptive", "s-lora", "sjf", "chameleon-nosched"} & with_lanes
 
 
 def test_plan_runs_every_preset_is_first_in_turn():

@@ -20,7 +20,7 @@ from jchameleon.runtime.policy.registry import POLICY_KINDS
 
 # By hand, from the papers' descriptions: admission, eviction, predictor, prefetch.
 PRESETS = {
-    "adaptive": "chameleon chameleon quantile queued",
+    "adaptive": "paced gdsf quantile queued",
     "chameleon": "chameleon chameleon quantile queued",
     "chameleon-nocache": "chameleon drop quantile queued",
     "chameleon-nosched": "fifo chameleon quantile queued",
@@ -64,12 +64,14 @@ def test_preset_reserves_by_prediction_except_the_plain_engine(name):
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_preset_sets_no_option_but_the_rule_for_lanes(name):
+def test_preset_sets_no_option_but_the_rule_for_lanes_and_our_own_quantile(name):
     config = load_policy(name)
-    lanes = {"lanes": "elbow" if name == "adaptive" else "kmeans"}
     scheduled = config.admission.name == "chameleon"
-    assert options(config, "admission") == (lanes if scheduled else {})
-    assert not any(options(config, kind) for kind in POLICY_KINDS[1:])
+    set_here = {"admission": {"lanes": "kmeans"}} if scheduled else {}
+    if name == "adaptive":
+        set_here = {"predictor": {"quantile": 0.5}}
+    for kind in POLICY_KINDS:
+        assert options(config, kind) == set_here.get(kind, {})
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -96,9 +98,9 @@ def test_table_without_a_preset_names_all_four():
 
 
 def test_same_name_merges_options_and_another_replaces_them():
-    base = {"preset": "adaptive"}
+    base = {"preset": "chameleon"}
     merged = load_policy({**base, "admission": {"slo_s": 9.0}})
-    assert options(merged, "admission") == {"lanes": "elbow", "slo_s": 9.0}
+    assert options(merged, "admission") == {"lanes": "kmeans", "slo_s": 9.0}
     named = load_policy({**base, "admission": {"name": "chameleon", "lanes": "static"}})
     assert options(named, "admission") == {"lanes": "static"}
     other = load_policy({**base, "admission": {"name": "s-lora"}})

@@ -16,6 +16,7 @@ from jchameleon.runtime.policy.chameleon import Chameleon
 from jchameleon.runtime.policy.events import Arrival, Cancel, StepDone
 from jchameleon.runtime.policy.lanes import Entry, Lane
 from jchameleon.runtime.policy.line import PriorityLine
+from jchameleon.runtime.policy.paced import Paced
 from jchameleon.runtime.policy.predictor import Oracle
 from jchameleon.runtime.policy.presets import policy_preset_names
 from jchameleon.runtime.policy.replay import replay
@@ -30,6 +31,7 @@ POLICIES = {
     "s-lora": SLora,
     "s-lora-abort": lambda: SLora(early_abort_slo_s=6.0),
     "chameleon": Chameleon,
+    "paced": Paced,
     "chameleon-in-order": lambda: Chameleon(max_overtaken=0),
 }
 

@@ -40,8 +40,11 @@ def table_of(preset):
             "min_samples": 4,
             "slo_s": 1.0,
             "max_overtaken": MAX_OVERTAKEN,
-            "recharge": preset == "adaptive",
         }
+        if preset == "gdsf":
+            table["admission"] |= {"lanes": "elbow", "recharge": True}
+    if policy.admission.name == "paced":
+        table["admission"] = {"max_overtaken": MAX_OVERTAKEN}
     return table
 
 
@@ -263,8 +266,8 @@ def crowded_run(preset, seed):
 def test_crowded_runs_reach_every_mechanism_and_replay():
     totals = collections.Counter()
     for seed in range(4):
-        driver = crowded_run("adaptive", seed)
-        replay(driver, "adaptive")
+        driver = crowded_run("gdsf", seed)
+        replay(driver, "gdsf")
         books = driver.planner.books()
         totals.update(dataclasses.asdict(books) | {"lanes": len(books.lanes) > 1})
         totals["bypass_squashes"] += books.squashes - books.growth_squashes

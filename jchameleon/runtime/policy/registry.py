@@ -27,6 +27,7 @@ POLICY_KINDS = tuple(_PROTOCOLS)
 _SHIPPED: dict[str, dict[str, str]] = {
     "admission": {
         "fifo": "admission:Fifo",
+        "paced": "paced:Paced",
         "chameleon": "chameleon:Chameleon",
         "sjf": "sjf:ShortestJobFirst",
         "s-lora": "slora:SLora",
