@@ -129,7 +129,7 @@ _ADAPTER_PAGES, _BLOCK_TOKENS, _POOL_PAGES = 10, 16, 178
 _BURST_S = 400.0
 
 
-def _admitted(burst: Sequence[str]) -> list[dict[str, int]]:
+def admitted(burst: Sequence[str]) -> list[dict[str, int]]:
     """Return what Chameleon admits at once of a burst: by size, then by lane.
 
     Requests of three sizes come one by one first, so many of each that lanes for them
@@ -194,7 +194,7 @@ EXAMPLES = {
 def _build_10(seen: Seen) -> Built:
     charts, checks = [], []
     for name, (burst, paper) in EXAMPLES.items():
-        by_size, _ = _admitted(burst)
+        by_size, _ = admitted(burst)
         charts.append(
             {
                 "kind": "bars",

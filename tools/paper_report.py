@@ -48,7 +48,7 @@ def beside(figure: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return charts of the paper's numbers beside ours, one for each unit."""
     charts = []
     kept = [one for one in figure["checks"] if one["kind"] in ("near", "at most")]
-    kept = [one for one in kept if one["ours"] is not None]
+    kept = [one for one in kept if one["verdict"] != NOT_EXERCISED]
     for unit in dict.fromkeys(one["unit"] for one in kept):
         mine = [one for one in kept if one["unit"] == unit]
         groups = list(dict.fromkeys(one["what"] for one in mine))
@@ -168,7 +168,7 @@ def _summary(figures: Sequence[Mapping[str, Any]]) -> list[str]:
         first = next(iter(mine.values()))
         lines.append(
             f"<tr><td>{_text(first['figure'])}</td><td>{_text(row)}: {_text(what)}</td>"
-            f"<td>{_paper(first)}</td>"
+            f"<td>{_text(paper_text(first))}</td>"
         )
         for variant in variants:
             one = mine.get(variant)
@@ -176,7 +176,7 @@ def _summary(figures: Sequence[Mapping[str, Any]]) -> list[str]:
                 lines.append("<td></td>")
             else:
                 lines.append(
-                    f'<td class="{COLOURS[one["verdict"]]}">{_ours(one)}<br>'
+                    f'<td class="{COLOURS[one["verdict"]]}">{_text(ours_text(one))}<br>'
                     f"<small>{_verdict(one)}</small></td>"
                 )
         lines.append("</tr>")
@@ -206,7 +206,7 @@ def _section(figure: Mapping[str, Any]) -> list[str]:
         for one in figure["checks"]:
             parts.append(
                 f"<tr><td>{_text(one['what'])}</td><td>{_text(one['variant'])}</td>"
-                f"<td>{_paper(one)}</td><td>{_ours(one)}</td>"
+                f"<td>{_text(paper_text(one))}</td><td>{_text(ours_text(one))}</td>"
                 f'<td class="{COLOURS[one["verdict"]]}">{_verdict(one)}</td></tr>'
             )
         parts.append("</table>")
@@ -230,19 +230,21 @@ def _setting(key: str, value: Any) -> str:
     return f"{value:,.6g}" if isinstance(value, int | float) else _text(value)
 
 
-def _paper(one: Mapping[str, Any]) -> str:
+def paper_text(one: Mapping[str, Any]) -> str:
+    """Return what the paper says, of a check."""
     if one["kind"] in ("below", "above"):
         return "lower" if one["kind"] == "below" else "higher"
     most = "at most " if one["kind"] == "at most" else ""
-    return f"{most}{_digits(one['paper'])} {_text(one['unit'])}"
+    return f"{most}{_digits(one['paper'])} {one['unit']}"
 
 
-def _ours(one: Mapping[str, Any]) -> str:
+def ours_text(one: Mapping[str, Any]) -> str:
+    """Return what we see, of a check, with its interval."""
     if one["ours"] is None:
         return "-"
     half = one["half_width_95"]
     spread = "" if half is None else f" +- {_digits(half)}"
-    return f"{_digits(one['ours'])}{spread} {_text(one['unit'])}"
+    return f"{_digits(one['ours'])}{spread} {one['unit']}"
 
 
 def _verdict(one: Mapping[str, Any]) -> str:

@@ -25,7 +25,7 @@ import paper_machines
 import paper_waits
 from paper_cells import Store, World, fingerprint, run_cells
 from paper_figures import VARIANTS, Figure, Scale, Seen, full, quick
-from paper_report import write_report
+from paper_report import ours_text, paper_text, write_report
 
 from jchameleon import __version__
 from jchameleon.errors import ConfigError, JChameleonError
@@ -49,6 +49,9 @@ FIGURES: dict[str, Figure] = {
 
 QUICK_S, FULL_S = 120.0, 400.0
 """Seconds of arrivals."""
+
+LEAST_S = 10.0
+"""Of arrivals that count: figures want some requests of each size."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -134,10 +137,9 @@ def _run(args: argparse.Namespace) -> None:
     path = write_report(data, args.out)
     for figure in data["figures"]:
         for one in figure["checks"]:
-            ours = "-" if one["ours"] is None else f"{one['ours']:.3g}"
             print(
                 f"figure {figure['figure']:>2}  {one['variant']:8}{one['verdict']:15}"
-                f"{one['what']}: paper {one['paper']:g} {one['unit']}, ours {ours}"
+                f"{one['what']}: paper {paper_text(one)}, ours {ours_text(one)}"
             )
     print(f"{len(set(cells))} cells, {time.monotonic() - begin_s:.0f} s: {path}")
 
@@ -191,10 +193,11 @@ def _scale(args: argparse.Namespace) -> Scale:
     variants = tuple(dict.fromkeys(args.variants.split(",")))
     for variant in variants:
         found = load_profile(profile, None if variant == "default" else variant)
-        if not found.skip_s < duration_s < float("inf"):
+        least_s = found.skip_s + LEAST_S
+        if not least_s <= duration_s < float("inf"):
             raise ConfigError(
-                f"duration={duration_s:g} must be above the {found.skip_s:g} s that "
-                f"profile {profile} does not count, and finite"
+                f"duration={duration_s:g} must be finite and at least {least_s:g}: the "
+                f"profile does not count the first {found.skip_s:g} s"
             )
     if args.trace is not None:
         read_trace(args.trace)
