@@ -2,7 +2,7 @@
 # pyproject.toml changes. Set PYTHON to use another interpreter.
 .DEFAULT_GOAL := help
 .PHONY: help demo serve-demo test lint format smoke-py312 test-gpu-aot test-gpu-aot-full \
-	bench-planner bench-peers batch-soak experiments clean
+	bench-planner bench-peers batch-soak experiments paper clean
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 
@@ -12,6 +12,7 @@ PYTHON ?= $(shell for p in python3.11 python3; do \
 	$$p -c '' >/dev/null 2>&1 && echo $$p && break; done)
 PYTHON312 ?= python3.12
 PYTEST_ARGS ?=
+PAPER_ARGS ?=
 # No weights, no torch: what policies, adapter files and sampling do, and the compiled
 # loops, which speak with another XLA there.
 SMOKE_TESTS := tests/test_imports.py tests/test_config.py tests/test_output.py \
@@ -42,6 +43,7 @@ help:
 	@echo "make batch-soak     a batch killed 20 times, and one of 100,000 lines"
 	@echo "make bench-peers    beside PEFT and vLLM on a CPU (an hour or two, idle machine)"
 	@echo "make experiments    policy presets on the real engine (an hour, idle machine)"
+	@echo "make paper          the paper's figures by simulation (PAPER_ARGS=--quick: minutes)"
 	@echo "make clean          remove environments, caches and built files"
 
 .venv-demo/.ready: pyproject.toml
@@ -121,6 +123,11 @@ experiments: .venv-test/.ready
 		$(if $(TRACE),--trace $(TRACE)) --json build/exp_tiny.json
 	@.venv-test/bin/python tools/exp_policies.py --model smollm2-135m \
 		$(if $(TRACE),--trace $(TRACE)) --json build/exp_smollm2.json
+
+# Goes on where it was. build/paper/report.html is one page that needs nothing else.
+paper: .venv-test/.ready
+	@.venv-test/bin/python tools/reproduce_paper.py $(PAPER_ARGS) \
+		$(if $(TRACE),--trace $(TRACE)) --out build/paper
 
 clean:
 	rm -rf .venv-demo .venv-test .venv-py312 .venv-gpu-aot build dist
