@@ -24,7 +24,7 @@ figure, or the interval holds the paper's figure; and where the interval is at m
 {WIDEST:g} such tolerances wide to each side, or it would hold anything. A bound
 reproduces where the mean keeps it. "Lower" or "higher" reproduces where the whole
 interval of the paired differences is on that side of 0. "Not exercised" stands where
-what the figure is about did nothing in any seed (no eviction, no squash, or two policies
+what the figure is about did nothing in any seed (no eviction, no squash, two policies
 with the very same times), where no load was found because a seed hit a limit of the
 scan, and where the simulator does not model it."""
 
