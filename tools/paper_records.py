@@ -231,7 +231,8 @@ class Records:
         return {
             "timeline": [[round(value, 4) for value in row] for row in rows.tolist()],
             "idle_median": float(idle[middle]),
-            "idle_least": float(idle.min()),
+            # Shares of a full pool may sum to a last bit above 1.
+            "idle_least": max(0.0, float(idle.min())),
         }
 
 
