@@ -140,19 +140,22 @@ def test_a_process_that_is_interrupted_keeps_what_it_has(tmp_path):
     profile.write_text(TINY)
     arguments = ["--figure", "13", "--profile", str(profile), "--duration", "12"]
     arguments += ["--variants", "default", "--seeds", "1"]
-    out = tmp_path / "out"
-    process = subprocess.Popen(
-        [sys.executable, ROOT / "tools" / "reproduce_paper.py", *arguments]
-        + ["--processes", "2", "--out", str(out)],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    deadline = time.monotonic() + 120
-    while not list(out.glob("cells/*.json")) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=60)
+    for attempt in range(4):  # on a busy machine all may be done before this looks
+        out = tmp_path / f"out{attempt}"
+        process = subprocess.Popen(
+            [sys.executable, ROOT / "tools" / "reproduce_paper.py", *arguments]
+            + ["--processes", "2", "--out", str(out)],
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        deadline = time.monotonic() + 120
+        while not list(out.glob("cells/*.json")) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        _, error = process.communicate(timeout=60)
+        if process.returncode:
+            break
     assert process.returncode == 130, error
     assert "interrupted; what is finished is kept" in error
     kept = {path.name: path.read_bytes() for path in out.glob("cells/*.json")}
