@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
-from paper_cells import CUTS_TOKENS, PowerRanks, changed, policy_of, slo_s
+from paper_cells import CUTS_TOKENS, POPULARITIES, changed, policy_of, slo_s
 from paper_records import Records, isolated_s
 
 from jchameleon.resources import configs_dir
@@ -103,7 +103,7 @@ def test_isolated_time_is_that_of_a_request_alone(variant, rank, tokens):
 
 
 def test_power_ranks_give_ranks_and_adapters_a_power_law():
-    shares = PowerRanks(law="power", exponent=1.0).weights([8, 16, 8, 16, 8, 16])
+    shares = POPULARITIES["P-P"].weights([8, 16, 8, 16, 8, 16])
     # Ranks as 1 : 1/2, adapters of a rank as 1 : 1/2 : 1/3.
     within = np.array([1, 1 / 2, 1 / 3]) / (11 / 6)
     assert shares[::2] == pytest.approx(2 / 3 * within)

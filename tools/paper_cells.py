@@ -85,28 +85,12 @@ for accuracy in ACCURACIES:
     }
 """By the names that figures use."""
 
-
-class PowerRanks(Popularity):
-    """P-P: ranks by a power law, the smallest most, and adapters of a rank likewise."""
-
-    def weights(self, ranks: Sequence[int | None]) -> list[float]:
-        """Return the share of each adapter; they sum to 1."""
-        within = super().weights(ranks)
-        kinds = sorted({rank or 0 for rank in ranks})
-        law = {rank: (i + 1) ** -self.exponent for i, rank in enumerate(kinds)}
-        total = sum(law.values())
-        # Ranks had equal shares before.
-        return [
-            share * len(kinds) * law[rank or 0] / total
-            for share, rank in zip(within, ranks, strict=True)
-        ]
-
-
 POPULARITIES = {
     "U-U": Popularity(),
-    "U-P": Popularity(law="power", exponent=1.0),
-    "P-P": PowerRanks(law="power", exponent=1.0),
+    "U-P": Popularity.parse("power:1"),
+    "P-P": Popularity.parse("power:1:1"),
 }
+"""Of ranks and of the adapters of a rank: uniform or by a power law."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

@@ -4,7 +4,6 @@ import argparse
 import asyncio
 import dataclasses
 import datetime
-import json
 import math
 import subprocess
 import sys
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from jchameleon.cli.connection import add_server, connection
-from jchameleon.cli.options import print_facts
+from jchameleon.cli.options import print_facts, write_report
 from jchameleon.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -165,7 +164,7 @@ def run(args: argparse.Namespace) -> int:
     report, samples = asyncio.run(_measure(args, goodput))
     report["metadata"] = metadata
     if args.json is not None:
-        args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        write_report(args.json, report)
     if args.plot is not None and report["completed"]:
         args.plot.write_text(plot(args.server, samples), encoding="utf-8")
     _print_summary(report)

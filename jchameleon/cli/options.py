@@ -1,8 +1,12 @@
-"""Options that several commands share, and facts printed one a line."""
+"""Options that several commands share, and what they print and write."""
 
 import argparse
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
+
+from jchameleon.errors import ConfigError
 
 DEFAULT_MODEL = "smollm2-135m"
 
@@ -20,6 +24,18 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 def comma_names(text: str) -> tuple[str, ...]:
     """Return the names of a list that is written with commas."""
     return tuple(name.strip() for name in text.split(","))
+
+
+def write_report(path: Path, report: Mapping[str, Any]) -> None:
+    """Write a report as JSON.
+
+    Raises:
+      ConfigError: the file cannot be written.
+    """
+    try:
+        path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"cannot write {path}: {error.strerror}") from error
 
 
 def print_facts(facts: Mapping[str, Any]) -> None:

@@ -1,11 +1,10 @@
 """`jchameleon plan`: how many requests a second a GPU holds at an SLO."""
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
-from jchameleon.cli.options import comma_names, print_facts
+from jchameleon.cli.options import comma_names, print_facts, write_report
 from jchameleon.config import (
     ATTENTION_PROJECTIONS,
     EngineConfig,
@@ -172,10 +171,7 @@ def run(args: argparse.Namespace) -> int:
     report = plan_capacity(_question(args))
     _print(report)
     if args.json is not None:
-        try:
-            args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise ConfigError(f"cannot write {args.json}: {error.strerror}") from error
+        write_report(args.json, report)
     return 0
 
 

@@ -1,12 +1,11 @@
 """`jchameleon simulate`: a policy under a load, on a clock that only counts."""
 
 import argparse
-import json
 import time
 from pathlib import Path
 from typing import Any
 
-from jchameleon.cli.options import print_facts
+from jchameleon.cli.options import print_facts, write_report
 from jchameleon.errors import ConfigError
 
 DEFAULT_SEEDS = 10
@@ -91,10 +90,7 @@ def run(args: argparse.Namespace) -> int:
         report = find_load(profile, load, rates_rps=rates, num_seeds=args.seeds)
         _print_sweep(report)
     if args.json is not None:
-        try:
-            args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise ConfigError(f"cannot write {args.json}: {error.strerror}") from error
+        write_report(args.json, report)
     return 0
 
 

@@ -156,7 +156,7 @@ class BatchBuilder:
             return
         adapters = np.array([indices[uid] for uid in rows.adapter_uids], np.int32)
         each = np.arange(count)
-        order = each
+        order: Any = slice(count)
         if self._ops.sorts_rows:
             order = np.argsort(adapters, kind="stable")
         fields["logit_tokens"][order] = each
