@@ -7,6 +7,7 @@ each is a digest of the one before it and of the block's own tokens.
 
 import base64
 import dataclasses
+import functools
 import hashlib
 import json
 
@@ -49,8 +50,7 @@ class BlockKeys:
         block_tokens: int,
     ) -> "BlockKeys":
         """Return the keys of a prompt."""
-        # JSON tells None from "None" and where one text ends.
-        root = key = _digest(json.dumps([adapter_uid, salt]).encode())
+        root = key = _root(adapter_uid, salt)
         keys = []
         for start in range(0, len(prompt) - block_tokens + 1, block_tokens):
             key = next_key(key, prompt[start : start + block_tokens])
@@ -61,6 +61,12 @@ class BlockKeys:
     def last(self) -> str:
         """What the key of the next block is made from."""
         return self.keys[-1] if self.keys else self.root
+
+
+@functools.lru_cache(maxsize=4096)
+def _root(adapter_uid: str | None, salt: str | None) -> str:
+    # JSON tells None from "None" and where one text ends.
+    return _digest(json.dumps([adapter_uid, salt]).encode())
 
 
 def next_key(parent: str, tokens: np.ndarray) -> str:

@@ -93,6 +93,8 @@ def prompt_array(prompt: Sequence[int], vocab_size: int) -> np.ndarray:
     """
     if len(prompt) == 0:
         raise InvalidRequestError("prompt is empty; it must have at least 1 token")
+    if set(map(type, prompt)) == {int} and 0 <= min(prompt) <= max(prompt) < vocab_size:
+        return np.asarray(prompt, np.int32)  # the usual case, several times as fast
     for token in prompt:
         if (
             isinstance(token, bool)

@@ -41,12 +41,16 @@ class Tokens:
         admins = _read("admin_token_file", config.admin_token_file)
         return cls(users, admins)
 
+    def __bool__(self) -> bool:
+        """Whether there are any; without, everybody may call everything."""
+        return bool(self._users or self._admins)
+
     def refusal(self, service: str, given: bytes | None) -> StatusError | None:
         """Return why a call with this token may not go on, or None.
 
         All tokens are compared, each in constant time.
         """
-        if service in OPEN_SERVICES or not (self._users or self._admins):
+        if service in OPEN_SERVICES or not self:
             return None
         is_admin = _matches(given, self._admins)
         is_user = _matches(given, self._users)

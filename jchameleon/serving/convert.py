@@ -1,6 +1,7 @@
 """Between the protocol's messages and the library's values."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -32,20 +33,21 @@ def sampling_params(
     Raises:
       InvalidRequestError: a value is out of its range.
     """
-    fields: dict[str, Any] = {}
-    _take(fields, request.sampling, _SAMPLING_FIELDS)
-    _take(fields, request.stopping, _STOPPING_FIELDS)
-    _take(fields, request.response, ("logprobs", "prompt_logprobs"))
-    stopping = request.stopping
-    if request.HasField("predicted_output_tokens"):
-        fields["expected_tokens"] = request.predicted_output_tokens
-    params = SamplingParams(
-        **fields,
-        logit_bias=dict(request.sampling.logit_bias),
-        stop=tuple(stopping.stop),
-        stop_token_ids=tuple(stopping.stop_token_ids),
-        ignore_eos=stopping.ignore_eos,
-        include_stop=stopping.include_stop,
+    parts = (
+        request.sampling.SerializeToString(),
+        request.stopping.SerializeToString(),
+        request.response.SerializeToString(),
+    )
+    # Most callers send one and the same again and again. Fields that are not known
+    # here may make them as long as a message; such are not kept.
+    make = _params if sum(map(len, parts)) <= _KEPT_BYTES else _params.__wrapped__
+    params = make(
+        *parts,
+        expected_tokens=(
+            request.predicted_output_tokens
+            if request.HasField("predicted_output_tokens")
+            else None
+        ),
         priority=request.priority,
         truncate_prompt_tokens=request.truncate_prompt_tokens or None,
     )
@@ -53,6 +55,31 @@ def sampling_params(
         return params
     # The engine drops it by itself then, before prefill as well as between steps.
     return dataclasses.replace(params, time_limit_s=deadline_s)
+
+
+_KEPT_BYTES = 1024
+
+
+@functools.lru_cache(maxsize=256)
+def _params(
+    sampling: bytes, stopping: bytes, response: bytes, **others: int | None
+) -> SamplingParams:
+    """Return what three messages and fields beside them say."""
+    fields: dict[str, Any] = dict(others)
+    drawing = pb.SamplingParams.FromString(sampling)
+    _take(fields, drawing, _SAMPLING_FIELDS)
+    fields["logit_bias"] = dict(drawing.logit_bias)
+    options = pb.ResponseOptions.FromString(response)
+    _take(fields, options, ("logprobs", "prompt_logprobs"))
+    criteria = pb.StoppingCriteria.FromString(stopping)
+    _take(fields, criteria, _STOPPING_FIELDS)
+    return SamplingParams(
+        **fields,
+        stop=tuple(criteria.stop),
+        stop_token_ids=tuple(criteria.stop_token_ids),
+        ignore_eos=criteria.ignore_eos,
+        include_stop=criteria.include_stop,
+    )
 
 
 _SAMPLING_FIELDS = (

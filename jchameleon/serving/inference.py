@@ -5,7 +5,7 @@ import concurrent.futures
 import contextlib
 import re
 import secrets
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import TypeVar
 
 import grpc
@@ -129,7 +129,7 @@ class InferenceService:
             deadline_s = check_deadline(context)
             with self._admission.enter(request.sampling.n) as ticket:
                 call = await self._prepare(llm, request, deadline_s)
-                async with _submitted(llm, call, self._outbox, ticket) as stream:
+                with _submitted(llm, call, self._outbox, ticket) as stream:
                     prompt_tokens = len(call.submissions[0].prompt)
                     watch.admitted(call.request_id, request.adapter_id, prompt_tokens)
                     replies = Replies(request, call.request_id, call)
@@ -211,10 +211,10 @@ def _abandon(call: CallRequest) -> None:
         submission.abandon()
 
 
-@contextlib.asynccontextmanager
-async def _submitted(
+@contextlib.contextmanager
+def _submitted(
     llm: LLM, call: CallRequest, outbox: LoopOutbox, ticket: Ticket
-) -> AsyncIterator[Stream]:
+) -> Iterator[Stream]:
     """Submit all completions of a call; at the end cancel those that still run."""
     submissions = call.submissions
     names = tuple(one.request_id for one in submissions)
