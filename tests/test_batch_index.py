@@ -83,10 +83,14 @@ def test_id_that_is_there_twice_is_named_with_both_lines(lines, message, tmp_pat
     assert message in str(caught.value)
 
 
-def test_input_that_changes_under_a_run_stops_it(tmp_path):
-    path = write_lines(tmp_path / "in", [plain("a"), plain("b")])
+@pytest.mark.parametrize("change", [(b'"b"', b'"c"'), (b'"Hello"', b'"Help!"')])
+def test_input_that_changes_under_a_run_stops_it(change, tmp_path):
+    lines = [plain("a", prompt="Hi"), plain("b", prompt="Hello")]
+    path = write_lines(tmp_path / "in", lines)
     index = index_of(path)
-    path.write_bytes(path.read_bytes().replace(b'"b"', b'"c"'))
+    before = path.read_bytes()
+    path.write_bytes(before.replace(*change))
+    assert path.read_bytes() != before
     assert index.line(0).key == "a"
     with pytest.raises(BatchStoppedError, match="line 2 of the input has changed"):
         index.line(1)
@@ -104,7 +108,7 @@ def test_index_takes_less_than_64_bytes_a_line(tmp_path):
     path = write_lines(tmp_path / "in", [plain(f"id {i}") for i in range(count)])
     index = index_of(path)
     arrays = [v for v in vars(index).values() if isinstance(v, np.ndarray)]
-    assert len(arrays) == 8
+    assert len(arrays) == 9
     assert sum(array.nbytes for array in arrays) < 64 * count
 
 

@@ -1,5 +1,7 @@
 """In which order lines run and rows are written, and how many are open."""
 
+import json
+
 import pytest
 from batch_rig import (
     GREEDY,
@@ -13,7 +15,7 @@ from batch_rig import (
 
 from jchameleon.batch import BatchConfig, run_batch
 from jchameleon.batch.runner import Runner
-from jchameleon.errors import BatchStoppedError
+from jchameleon.errors import BatchError, BatchStoppedError
 from jchameleon.llm import LLM
 
 pytest_plugins = ["batch_fixtures"]
@@ -97,3 +99,47 @@ def test_engine_that_ends_stops_the_run_and_writes_no_rows_for_it(tmp_path):
             run_batch(llm, source, tmp_path / "out", should_stop=close)
     rows = read_rows(tmp_path / "out")
     assert 0 < len(rows) < 40 and all(row["error"] is None for row in rows)
+
+
+def test_adapter_that_is_replaced_under_a_run_stops_it(tmp_path, folder):
+    lines = [plain(f"{i}", adapter_id="a") for i in range(40)]
+    source = write_lines(tmp_path / "in", lines)
+    with LLM("tiny", adapters={"a": folder / "v1"}, **SMALL) as llm:
+        run_batch(llm, source, tmp_path / "whole")
+        calls = []
+
+        def replace():
+            calls.append(None)
+            if len(calls) == 100:
+                llm.register_adapter("a", folder / "v2", replace=True)
+            return False
+
+        with pytest.raises(BatchStoppedError, match="'a' was replaced"):
+            run_batch(llm, source, tmp_path / "out", should_stop=replace)
+        with pytest.raises(BatchError, match=r"adapters\.a"):
+            run_batch(llm, source, tmp_path / "out", BatchConfig(resume=True))
+        assert llm.stats().running == 0
+        # No claim is left that would keep it from going.
+        llm.unregister_adapter("a", timeout_s=10)
+    whole, rows = (by_id(read_rows(tmp_path / name)) for name in ("whole", "out"))
+    assert 0 < len(rows) < 40
+    assert rows == {key: whole[key] for key in rows}
+
+
+def test_adapter_that_comes_after_the_start_is_unknown_to_the_run(tmp_path, folder):
+    lines = [plain(f"{i}", adapter_id="late") for i in range(2)] + [plain("base")]
+    source = write_lines(tmp_path / "in", lines)
+    with LLM("tiny", **SMALL) as llm:
+        registered = []
+
+        def should_stop():
+            if not registered:
+                registered.append(llm.register_adapter("late", folder / "v1"))
+            return False
+
+        summary = run_batch(llm, source, tmp_path / "out", should_stop=should_stop)
+        llm.unregister_adapter("late", timeout_s=10)
+    assert (summary.ok, summary.failed) == (1, 2)
+    rows = by_id(read_rows(tmp_path / "out"))
+    assert rows["0"]["response"]["status_code"] == 404
+    assert "after the run began" in json.dumps(rows["0"])

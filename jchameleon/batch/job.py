@@ -99,6 +99,7 @@ class Batch:
                     results,
                     self._config,
                     summary,
+                    adapters=facts["adapters"],
                     model_name=model_name,
                     progress=progress,
                     should_stop=should_stop,

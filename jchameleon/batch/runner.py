@@ -9,7 +9,7 @@ import contextlib
 import logging
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from jchameleon.batch.index import LineIndex
@@ -99,16 +99,23 @@ class Runner:
         config: BatchConfig,
         summary: BatchSummary,
         *,
+        adapters: Mapping[str, str],
         model_name: str | None,
         progress: Progress | None,
         should_stop: Callable[[], bool],
     ) -> None:
-        """Run nothing yet; arguments as those of `Batch.run`."""
+        """Run nothing yet.
+
+        Args:
+          adapters: the uid that each name stands for in this run.
+          model_name, progress, should_stop: as those of `Batch.run`.
+        """
         self._llm = llm
         self._index = index
         self._results = results
         self._config = config
         self._summary = summary
+        self._adapters = adapters
         self._base_names = {llm.model_config.name, model_name}
         self._progress = progress
         self._should_stop = should_stop
@@ -138,7 +145,8 @@ class Runner:
         """Run until every line has a row, or until it is told to stop.
 
         Raises:
-          BatchStoppedError: the engine has ended, or the input has changed.
+          BatchStoppedError: the engine has ended, or the input or an adapter that a
+            line names has changed.
           OSError: the output cannot be written.
         """
         try:
@@ -154,6 +162,9 @@ class Runner:
                     self._summary.finished = True
                     return
             self._write_held()
+        except BatchStoppedError:
+            self._write_held()
+            raise
         except EngineDeadError as error:
             self._write_held()
             raise BatchStoppedError(str(error)) from error
@@ -193,7 +204,7 @@ class Runner:
         try:
             request = request_of(line, self._config.sampling, self._config.seed)
             call = self._call(position, request)
-        except EngineDeadError:
+        except (BatchStoppedError, EngineDeadError):
             raise
         except UnknownAdapterError as error:
             self._fail(position, line, 404, "model_not_found", str(error))
@@ -222,6 +233,7 @@ class Runner:
 
         Raises:
           JChameleonError: as `LLM.prepare`.
+          BatchStoppedError: the adapter was replaced since the run began.
         """
         adapter = request.name
         if request.may_be_base and adapter in self._base_names:
@@ -230,7 +242,7 @@ class Runner:
         if request.messages is not None:
             prompt = self._llm.chat_tokens(request.messages)
         assert prompt is not None, "a request has one or the other"
-        return self._llm.prepare(
+        call = self._llm.prepare(
             f"{self._name}-{position}",
             prompt,
             adapter,
@@ -238,6 +250,20 @@ class Runner:
             cache_salt=request.cache_salt,
             outbox=self._outbox,
         )
+        # Looked at when it is claimed: the name may stand for other content any time.
+        uid = call.submissions[0].adapter_uid
+        if adapter is not None and uid != self._adapters.get(adapter):
+            for submission in call.submissions:
+                submission.abandon()
+            if adapter not in self._adapters:
+                raise UnknownAdapterError(
+                    f"adapter {adapter!r} was registered after the run began"
+                )
+            raise BatchStoppedError(
+                f"adapter {adapter!r} was replaced since the run began: its rows would "
+                "be of two contents"
+            )
+        return call
 
     def _receive(self) -> None:
         """Wait for output and take it; a line that ends with it gets its row."""
