@@ -1,6 +1,7 @@
 """Cost models from plan logs: what was put in comes out, and the least squares too."""
 
 import dataclasses
+import importlib
 import itertools
 import random
 import tomllib
@@ -8,7 +9,7 @@ import tomllib
 import numpy as np
 import pytest
 from sim_world import LINK, adapters_of, drawn, simulator_of
-from tool_runs import run_bench, run_tool
+from tool_runs import ROOT, run_bench, run_tool
 
 from jchameleon.errors import ConfigError
 from jchameleon.runtime.policy.log import PlanLogWriter, read_plan_log
@@ -166,7 +167,11 @@ def test_validation_compares_engine_and_twin(tmp_path):
     """Figures of so few requests on a busy machine say nothing; that they are there."""
     text, report = run_bench("validate_twin", "--quick", folder=tmp_path)
     assert "twin/engine" in text
-    assert [run["load"] for run in report["runs"]] == [0.4, 0.7]
+    assert [run["traffic"] for run in report["runs"]] == [
+        "poisson power:1 0.4",
+        "poisson power:1 0.7",
+        "gamma:2 uniform 0.5",
+    ]
     for run in report["runs"]:
         assert set(run["engine"]) == set(run["twin"])
         engine, twin = run["engine_books"], run["twin_books"]
@@ -174,3 +179,35 @@ def test_validation_compares_engine_and_twin(tmp_path):
             assert books["hits"] + books["misses"] == 40 + books["squashes"]
         assert twin["loads"] >= 5 and engine["loads"] >= 5  # one for each adapter
     assert report["checked_steps"]["count"] > 50
+    figures = ("throughput_rps", "ttft_s_p50", "ttft_s_p99", "hit_rate")
+    assert [one["figure"] for one in report["checks"]] == list(figures) * 3
+
+
+def test_validation_takes_the_bar_or_what_the_engine_does_by_itself(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    judge = importlib.import_module("validate_twin").judge
+
+    def run(engine, twin, hits):
+        figures = ("throughput_rps", "ttft_s_p50", "ttft_s_p99")
+        return {
+            "preset": "p",
+            "traffic": "t",
+            "engine": dict(zip(figures, engine, strict=True)),
+            "twin": dict(zip(figures, twin, strict=True)),
+            "engine_books": {"hits": 90, "misses": 10},
+            "twin_books": {"hits": hits, "misses": 100 - hits},
+        }
+
+    runs = [
+        run((10.0, 1.0, 2.0), (10.6, 1.09, 2.5), 93),
+        run((10.1, 1.0, 2.6), (10.6, 1.09, 2.5), 93),
+        run((9.9, 1.0, 2.0), (10.6, 1.09, 2.5), 93),
+    ]
+    checks = {one["figure"]: one for one in judge(runs)}
+    assert {name: one["ok"] for name, one in checks.items()} == {
+        "throughput_rps": False,  # 6 % off, and the engine's runs are 2 % apart
+        "ttft_s_p50": True,
+        "ttft_s_p99": True,  # 25 % off, and the engine's own are 30 % apart
+        "hit_rate": False,
+    }
+    assert checks["hit_rate"]["off"] == pytest.approx(0.03)

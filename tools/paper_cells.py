@@ -60,6 +60,7 @@ POLICIES: dict[str, Any] = {
         "fairshare",
         "gdsf",
         "histogram",
+        "adaptive",
     )
 }
 POLICIES["static lanes"] = {

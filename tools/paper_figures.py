@@ -32,7 +32,7 @@ class Scale:
     Attributes:
       rates_rps: of the figures over load.
       scan_rps: rates at which the SLO may break, ascending; device_rps: on other GPUs.
-      adapters: numbers of adapters of figure 20.
+      adapters: numbers of adapters of figure 20; mix_adapters: of "mix".
     """
 
     world: World
@@ -42,6 +42,7 @@ class Scale:
     scan_rps: tuple[float, ...] = ()
     device_rps: tuple[float, ...] = ()
     adapters: tuple[int, ...] = (10, 50, 100, 150, 200)
+    mix_adapters: tuple[int, ...] = (25, 50, 100, 200, 400, 800)
 
     def cells(
         self,
@@ -154,9 +155,10 @@ class Seen:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Figure:
-    """One figure of the paper.
+    """One figure of the paper, or one of ours.
 
     Attributes:
+      number: the paper's, or a name.
       shows: what the paper plots, and what we chose where it says nothing.
       cells: that it needs.
       build: panels and checks of what was seen; see `panel` and `check`.

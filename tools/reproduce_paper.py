@@ -22,6 +22,7 @@ import paper_ablations
 import paper_examples
 import paper_loads
 import paper_machines
+import paper_mix
 import paper_waits
 from paper_cells import Store, World, fingerprint, run_cells
 from paper_figures import VARIANTS, Figure, Scale, Seen, full, quick
@@ -35,15 +36,18 @@ from jchameleon.workload.arrivals import read_trace
 
 FIGURES: dict[str, Figure] = {
     figure.number: figure
-    for figure in sorted(
-        (
-            *paper_examples.FIGURES,
-            *paper_loads.FIGURES,
-            *paper_waits.FIGURES,
-            *paper_ablations.FIGURES,
-            *paper_machines.FIGURES,
+    for figure in (
+        *sorted(
+            (
+                *paper_examples.FIGURES,
+                *paper_loads.FIGURES,
+                *paper_waits.FIGURES,
+                *paper_ablations.FIGURES,
+                *paper_machines.FIGURES,
+            ),
+            key=lambda figure: int(figure.number),
         ),
-        key=lambda figure: int(figure.number),
+        *paper_mix.FIGURES,
     )
 }
 

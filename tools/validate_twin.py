@@ -2,18 +2,21 @@
 
 Two kinds of runs of the engine take turns, so that a machine that drifts drifts for
 both: those that the cost model is fitted to, and those that it is checked on, of other
-seeds and other loads. Then every checked run is simulated: same requests, same policy,
-same pool, same emulated link. Printed are both figures and their ratio; the JSON has
-all of it.
+seeds, loads and arrivals. Every round repeats the checked ones, which says how far the
+engine is from itself. Then each is simulated: same requests, same policy, same pool,
+same emulated link. Printed are both figures, their ratio and how it stands to the bars;
+the JSON has all of it.
 
-    python tools/validate_twin.py --json twin.json
-    python tools/validate_twin.py --quick          # a tiny case, in seconds
+    python tools/validate_twin.py --json twin.json                # half an hour, idle
+    python tools/validate_twin.py --model tiny                    # minutes
+    python tools/validate_twin.py --quick                         # a tiny case
 """
 
 import argparse
 import dataclasses
 import itertools
 import json
+import math
 import statistics
 import sys
 import tempfile
@@ -36,13 +39,45 @@ from jchameleon.sim.simulator import SimAdapter, Simulator
 from jchameleon.workload.generator import Drawn, Length, Planned, Popularity, Workload
 
 FIT_SEED = 1000
-"""First seed of the runs that are fitted to; checked ones start at 0."""
+"""First seed of the runs that are fitted to; that of checked ones is 0."""
 
-FIT_LOADS = (0.5, 0.9)
-CHECK_LOADS = (0.4, 0.7)
-"""Shares of saturation: the rate at which requests end when all are there at once."""
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Traffic:
+    """How requests come, and whom they ask for.
+
+    Attributes:
+      load: share of saturation: of the rate at which requests end when all are there
+        at once.
+    """
+
+    process: str
+    load: float
+    popularity: str = "power:1"
+
+    def __str__(self) -> str:
+        return f"{self.process} {self.popularity} {self.load:g}"
+
+
+FITTED = (
+    Traffic("poisson", 0.5),
+    Traffic("poisson", 0.9),
+    Traffic("gamma:1.5", 0.6, "uniform"),
+)
+CHECKED = (
+    Traffic("poisson", 0.4),
+    Traffic("poisson", 0.7),
+    Traffic("gamma:2", 0.5, "uniform"),
+)
 
 FIGURES = ("ttft_s", "tbt_s", "e2e_s")
+
+BARS = {"throughput_rps": 0.05, "ttft_s_p50": 0.10, "ttft_s_p99": 0.15}
+"""How far the twin may be off, as a share of the engine's figure, or as far as the
+engine's own repeats are apart where that is more."""
+
+HITS_BAR = 0.02
+"""The same of the hit rate, in itself."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,36 +86,48 @@ class Settings:
 
     Attributes:
       requests: of each run.
-      rounds: a fitted and a checked run of each preset and load in each.
+      rounds: a fitted and a checked run of each preset and traffic in each.
       pool_pages: about half of what all adapters take.
     """
 
-    model: str = "tiny"
+    model: str = "smollm2-135m"
     presets: tuple[str, ...] = ("s-lora", "chameleon-nosched", "chameleon")
-    requests: int = 200
+    requests: int = 50
     rounds: int = 3
     adapters: int = 20
     pool_pages: int = 400
-    max_running: int = 32
-    max_batch_tokens: int = 512
-    link_bytes_per_s: float = 2e8
-    input_len: str = "lognormal:255:0.641:1000"
-    output_len: str = "lognormal:32:0.724:250"
+    max_running: int = 16
+    max_batch_tokens: int = 256
+    link_bytes_per_s: float = 1e9
+    input_len: str = "lognormal:96:0.641:400"
+    output_len: str = "lognormal:16:0.724:100"
 
-    def workload(self, rate_rps: float, seed: int) -> Workload:
+    def workload(self, traffic: Traffic, saturation_rps: float, seed: int) -> Workload:
         """Return the requests of one run."""
         return Workload(
-            rate_rps=rate_rps,
+            process=traffic.process,
+            rate_rps=traffic.load * saturation_rps,
             num_requests=self.requests,
             input_len=Length.parse(self.input_len),
             output_len=Length.parse(self.output_len),
-            popularity=Popularity.parse("power:1"),
+            popularity=Popularity.parse(traffic.popularity),
             seed=seed,
             max_model_len=1024,
         )
 
 
+TINY = {
+    "model": "tiny",
+    "requests": 200,
+    "max_running": 32,
+    "max_batch_tokens": 512,
+    "link_bytes_per_s": 2e8,
+    "input_len": "lognormal:255:0.641:1000",
+    "output_len": "lognormal:32:0.724:250",
+}
+
 QUICK = {
+    **TINY,
     "presets": ("s-lora",),
     "requests": 40,
     "rounds": 1,
@@ -158,12 +205,15 @@ class Twin:
         )
         result = simulator.run(drawn, max_tokens=None)
         samples = result.samples
-        figures = summary(samples.ttft_s, np.repeat(*samples.gaps), samples.e2e_s)
+        figures = summary(
+            samples.last_s, samples.ttft_s, np.repeat(*samples.gaps), samples.e2e_s
+        )
         return figures, counters(result.books)
 
     def saturation_rps(self) -> float:
         """Return the rate at which requests end when all are there from the start."""
-        planned = self._settings.workload(float("inf"), FIT_SEED - 1).plan(self.ranks)
+        at_once = Traffic("poisson", math.inf)
+        planned = self._settings.workload(at_once, 1.0, FIT_SEED - 1).plan(self.ranks)
         outcomes, *_ = self.play("s-lora", planned)
         return len(outcomes) / max(one.token_s[-1] for one in outcomes)
 
@@ -197,21 +247,26 @@ def counters(books: Any) -> dict[str, int]:
 
 
 def summary(
+    last_s: float,
     ttft_s: np.ndarray,  # f64[requests]
     gaps_s: np.ndarray,  # f64[tokens - requests]
     e2e_s: np.ndarray,  # f64[requests]
 ) -> dict[str, float]:
-    """Return P50 and P99 of each."""
+    """Return P50 and P99 of each, and requests per second until the last end."""
     values = dict(zip(FIGURES, (ttft_s, gaps_s, e2e_s), strict=True))
-    return {
+    throughput = {"throughput_rps": len(ttft_s) / last_s}
+    return throughput | {
         f"{name}_p{percent}": float(np.percentile(values[name], percent))
         for name, percent in itertools.product(FIGURES, (50, 99))
     }
 
 
-def measured(outcomes: Sequence[Outcome]) -> dict[str, float]:
+def measured(
+    planned: Sequence[Planned], outcomes: Sequence[Outcome]
+) -> dict[str, float]:
     """Return the figures of a run of the engine."""
     return summary(
+        max(p.at_s + o.token_s[-1] for p, o in zip(planned, outcomes, strict=True)),
         np.array([one.token_s[0] for one in outcomes]),
         np.array([gap for one in outcomes for gap in one.gaps_s]),
         np.array([one.token_s[-1] for one in outcomes]),
@@ -227,26 +282,24 @@ def validate(settings: Settings, folder: Path) -> dict[str, Any]:
     checked: list[dict[str, Any]] = []
     for number in range(settings.rounds):
         for preset in settings.presets:
-            for fit_load, load in zip(FIT_LOADS, CHECK_LOADS, strict=True):
-                other = settings.workload(
-                    fit_load * saturation_rps, FIT_SEED + number
-                ).plan(twin.ranks)
-                fitted_to.append(twin.play(preset, other)[-1])
-                workload = settings.workload(load * saturation_rps, number)
+            for fitted, traffic in zip(FITTED, CHECKED, strict=True):
+                other = settings.workload(fitted, saturation_rps, FIT_SEED + number)
+                fitted_to.append(twin.play(preset, other.plan(twin.ranks))[-1])
+                workload = settings.workload(traffic, saturation_rps, 0)
                 planned = workload.plan(twin.ranks)
                 outcomes, books, plans = twin.play(preset, planned)
                 checked.append(
                     {
                         "preset": preset,
-                        "load": load,
-                        "seed": number,
-                        "engine": measured(outcomes),
+                        "traffic": str(traffic),
+                        "round": number,
+                        "engine": measured(planned, outcomes),
                         "engine_books": books,
                         "planned": planned,
                         "steps": list(step_samples(plans)),
                     }
                 )
-                log(f"round {number + 1} of {settings.rounds}: {preset} at {load:g}")
+                log(f"round {number + 1} of {settings.rounds}: {preset}, {traffic}")
     fit = fit_logs(fitted_to)
     link = fit_link(
         fitted_to,
@@ -275,7 +328,56 @@ def validate(settings: Settings, folder: Path) -> dict[str, Any]:
             "p90_error": float(np.percentile(errors, 90)),
         },
         "runs": checked,
+        "checks": judge(checked),
     }
+
+
+def cells_of(
+    runs: Sequence[Mapping[str, Any]],
+) -> dict[tuple[str, str], list[Mapping[str, Any]]]:
+    """Return the runs of each preset and traffic."""
+    cells: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for run in runs:
+        cells.setdefault((run["preset"], run["traffic"]), []).append(run)
+    return cells
+
+
+def hit_rate(books: Mapping[str, int]) -> float:
+    """Return the share of admissions that found their adapter; 1 without any."""
+    return books["hits"] / max(1, books["hits"] + books["misses"])
+
+
+def judge(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return how each cell stands to the bars; see `BARS`."""
+    checks = []
+    for (preset, traffic), found in cells_of(runs).items():
+        figures = {
+            name: [[run[who][name] for run in found] for who in ("engine", "twin")]
+            for name in BARS
+        }
+        figures["hit_rate"] = [
+            [hit_rate(run[who]) for run in found]
+            for who in ("engine_books", "twin_books")
+        ]
+        for name, (engine, twin) in figures.items():
+            middle = statistics.median(engine)
+            # Hit rates are compared as they are, all else by its share.
+            unit = 1.0 if name == "hit_rate" else middle
+            off = abs(statistics.median(twin) - middle) / unit
+            apart = (max(engine) - min(engine)) / unit
+            bar = BARS.get(name, HITS_BAR)
+            checks.append(
+                {
+                    "preset": preset,
+                    "traffic": traffic,
+                    "figure": name,
+                    "off": off,
+                    "bar": bar,
+                    "engine_apart": apart,
+                    "ok": off <= max(bar, apart),
+                }
+            )
+    return checks
 
 
 def print_report(report: Mapping[str, Any]) -> None:
@@ -290,13 +392,11 @@ def print_report(report: Mapping[str, Any]) -> None:
     heads = [name.replace("_s_p", " P") for name in names]
     print(
         "engine/twin ms and twin/engine [range]\n"
-        f"{'preset':20}{'load':>6}" + "".join(f"{head:>34}" for head in heads)
+        f"{'preset':20}{'traffic':24}" + "".join(f"{head:>34}" for head in heads)
     )
-    cells: dict[tuple[str, float], list[Mapping[str, Any]]] = {}
-    for run in report["runs"]:
-        cells.setdefault((run["preset"], run["load"]), []).append(run)
-    for (preset, load), runs in cells.items():
-        line = f"{preset:20}{load:>6g}"
+    cells = cells_of(report["runs"])
+    for (preset, traffic), runs in cells.items():
+        line = f"{preset:20}{traffic:24}"
         for name in names:
             ratios = [run["twin"][name] / run["engine"][name] for run in runs]
             both = (
@@ -309,7 +409,7 @@ def print_report(report: Mapping[str, Any]) -> None:
             line += f"{text:>34}"
         print(line)
     print("\ncounters, engine/twin, all runs")
-    for (preset, load), runs in cells.items():
+    for (preset, traffic), runs in cells.items():
         totals = {
             who: {name: sum(run[who][name] for run in runs) for name in runs[0][who]}
             for who in ("engine_books", "twin_books")
@@ -318,7 +418,16 @@ def print_report(report: Mapping[str, Any]) -> None:
             f"{name} {totals['engine_books'][name]}/{totals['twin_books'][name]}"
             for name in totals["engine_books"]
         )
-        print(f"{preset:20}{load:>6g}  " + ", ".join(parts))
+        print(f"{preset:20}{traffic:24}" + ", ".join(parts))
+    print(
+        "\nhow far the twin is off; the bar, or the engine's repeats if further apart"
+    )
+    for one in report["checks"]:
+        print(
+            f"{'ok  ' if one['ok'] else 'MISS'} {one['preset']:20}{one['traffic']:24}"
+            f"{one['figure']:16}{one['off']:.3f} (bar {one['bar']:g}, engine "
+            f"{one['engine_apart']:.3f})"
+        )
 
 
 def log(text: str) -> None:
@@ -330,13 +439,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--model", choices=("smollm2-135m", "tiny"))
     parser.add_argument("--preset", action="append", help="may be repeated")
     parser.add_argument("--requests", type=int, help="of each run")
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--quick", action="store_true", help="a tiny case")
     parser.add_argument("--json", type=Path, help="write the report here")
     args = parser.parse_args()
-    values: dict[str, Any] = dict(QUICK) if args.quick else {}
+    values: dict[str, Any] = dict(TINY) if args.model == "tiny" else {}
+    if args.quick:
+        values = dict(QUICK)
     if args.preset:
         values["presets"] = tuple(args.preset)
     for name in ("requests", "rounds"):
