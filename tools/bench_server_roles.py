@@ -6,6 +6,7 @@ end when their input does.
 """
 
 import asyncio
+import gc
 import json
 import os
 import sys
@@ -33,6 +34,12 @@ def main() -> None:
         run_engine(config)
     else:
         asyncio.run({"server": run_server, "echo": run_echo}[role](config))
+
+
+def settle() -> None:
+    """Look at nothing again that is there by now, as `jchameleon serve` does."""
+    gc.collect()
+    gc.freeze()
 
 
 def tell(**facts: Any) -> None:
@@ -76,6 +83,7 @@ async def run_server(config: dict[str, Any]) -> None:
     llm = server.state.open_llm()
     for name, path in config["adapters"].items():
         await asyncio.to_thread(llm.register_adapter, name, path)
+    settle()
     tell(port=server.port)
     await asyncio.to_thread(obey, cpu=cpu)
     await server.stop()
@@ -124,6 +132,7 @@ async def run_echo(config: dict[str, Any]) -> None:
     )
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
+    settle()
     tell(port=port)
     await asyncio.to_thread(obey, cpu=cpu)
     await server.stop(None)
@@ -150,6 +159,7 @@ def run_engine(config: dict[str, Any]) -> None:
         }
 
     with llm:
+        settle()
         tell(port=0)
         obey(cpu=cpu, run=run)
 
