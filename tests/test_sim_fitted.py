@@ -183,9 +183,15 @@ def test_validation_compares_engine_and_twin(tmp_path):
     assert [one["figure"] for one in report["checks"]] == list(figures) * 3
 
 
+def test_validation_of_a_tiny_case_takes_no_other_model(tmp_path):
+    arguments = ["--quick", "--model", "smollm2-135m"]
+    done = run_tool("validate_twin", *arguments, folder=tmp_path)
+    assert done.returncode == 2 and "--model smollm2-135m" in done.stderr
+
+
 def test_validation_takes_the_bar_or_what_the_engine_does_by_itself(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "tools")
-    judge = importlib.import_module("validate_twin").judge
+    judge = importlib.import_module("twin_bars").judge
 
     def run(engine, twin, hits):
         figures = ("throughput_rps", "ttft_s_p50", "ttft_s_p99")

@@ -28,6 +28,7 @@ import numpy as np
 from exp_policies import write_adapters
 from exp_rig import Job, Outcome, Rig
 from fit_cost_model import fit_link, fit_logs, read_logs
+from twin_bars import cells_of, judge
 
 from jchameleon.config import ATTENTION_PROJECTIONS, EngineConfig, ModelConfig
 from jchameleon.runtime.policy.build import build_planner
@@ -72,13 +73,6 @@ CHECKED = (
 
 FIGURES = ("ttft_s", "tbt_s", "e2e_s")
 
-BARS = {"throughput_rps": 0.05, "ttft_s_p50": 0.10, "ttft_s_p99": 0.15}
-"""How far the twin may be off, as a share of the engine's figure, or as far as the
-engine's own repeats are apart where that is more."""
-
-HITS_BAR = 0.02
-"""The same of the hit rate, in itself."""
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Settings:
@@ -87,7 +81,7 @@ class Settings:
     Attributes:
       requests: of each run.
       rounds: a fitted and a checked run of each preset and traffic in each.
-      pool_pages: about half of what all adapters take.
+      pool_pages: fewer than all adapters take.
     """
 
     model: str = "smollm2-135m"
@@ -332,54 +326,6 @@ def validate(settings: Settings, folder: Path) -> dict[str, Any]:
     }
 
 
-def cells_of(
-    runs: Sequence[Mapping[str, Any]],
-) -> dict[tuple[str, str], list[Mapping[str, Any]]]:
-    """Return the runs of each preset and traffic."""
-    cells: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
-    for run in runs:
-        cells.setdefault((run["preset"], run["traffic"]), []).append(run)
-    return cells
-
-
-def hit_rate(books: Mapping[str, int]) -> float:
-    """Return the share of admissions that found their adapter; 1 without any."""
-    return books["hits"] / max(1, books["hits"] + books["misses"])
-
-
-def judge(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return how each cell stands to the bars; see `BARS`."""
-    checks = []
-    for (preset, traffic), found in cells_of(runs).items():
-        figures = {
-            name: [[run[who][name] for run in found] for who in ("engine", "twin")]
-            for name in BARS
-        }
-        figures["hit_rate"] = [
-            [hit_rate(run[who]) for run in found]
-            for who in ("engine_books", "twin_books")
-        ]
-        for name, (engine, twin) in figures.items():
-            middle = statistics.median(engine)
-            # Hit rates are compared as they are, all else by its share.
-            unit = 1.0 if name == "hit_rate" else middle
-            off = abs(statistics.median(twin) - middle) / unit
-            apart = (max(engine) - min(engine)) / unit
-            bar = BARS.get(name, HITS_BAR)
-            checks.append(
-                {
-                    "preset": preset,
-                    "traffic": traffic,
-                    "figure": name,
-                    "off": off,
-                    "bar": bar,
-                    "engine_apart": apart,
-                    "ok": off <= max(bar, apart) + 1e-9,  # 0.02 of 50 is 1
-                }
-            )
-    return checks
-
-
 def print_report(report: Mapping[str, Any]) -> None:
     """Print the medians over rounds of both, and the median of their ratios."""
     steps, fit = report["checked_steps"], report["fit"]
@@ -448,6 +394,8 @@ def main() -> None:
     args = parser.parse_args()
     values: dict[str, Any] = dict(TINY) if args.model == "tiny" else {}
     if args.quick:
+        if args.model not in (None, "tiny"):
+            parser.error(f"--quick runs the tiny model, not --model {args.model}")
         values = dict(QUICK)
     if args.preset:
         values["presets"] = tuple(args.preset)
