@@ -174,26 +174,44 @@ def test_full_device_is_exit_code_1_and_says_so(tmp_path):
     assert "nothing of it can be resumed" in line
 
 
-def test_full_disk_keeps_whole_rows_and_the_run_goes_on_when_there_is_room(
-    tmp_path, whole
-):
-    source, out = write_lines(tmp_path / "in", LINES), tmp_path / "out"
-    # A limit on the size of files that ends in the middle of a row. Numba and jax write
-    # to their caches too, and do without where they cannot.
-    limit = 20_000
+def run_limited(source, out, most_bytes):
+    """Run it with a limit on the size of files, as on a full disk.
+
+    Numba and jax write to their caches too, and do without where they cannot.
+    """
     # Not in a fork of this process, whose other threads may hold locks.
     limited = (
         "import os, resource, sys;"
-        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}));"
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({most_bytes}, {most_bytes}));"
         "os.execv(sys.executable, sys.argv[1:])"
     )
-    done = subprocess.run(
+    return subprocess.run(
         [sys.executable, "-c", limited, *command(source, out)],
         env=environment(),
         capture_output=True,
         text=True,
         timeout=120,
     )
+
+
+def test_disk_that_is_full_at_the_start_leaves_nothing_and_says_so(tmp_path, whole):
+    source, out = write_lines(tmp_path / "in", LINES), tmp_path / "out"
+    done = run_limited(source, out, 100)  # less than a manifest
+    assert done.returncode == 1, done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert "cannot be written: [Errno 27] File too large" in last
+    assert last.endswith("nothing was written; give the same command again")
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+    assert run_command(source, out).returncode == 0
+    assert sorted_rows(out) == whole
+
+
+def test_full_disk_keeps_whole_rows_and_the_run_goes_on_when_there_is_room(
+    tmp_path, whole
+):
+    source, out = write_lines(tmp_path / "in", LINES), tmp_path / "out"
+    limit = 20_000  # ends in the middle of a row
+    done = run_limited(source, out, limit)
     assert done.returncode == 1, done.stderr
     last = done.stderr.splitlines()[-1]
     assert "cannot be written: [Errno 27] File too large" in last

@@ -21,17 +21,21 @@ from jchameleon.sim.fitted import (
     step_samples,
 )
 from jchameleon.sim.linear import LinearCost, features
+from jchameleon.sim.programs import ProgramCost
 
-TRUTH = LinearCost(
-    prefill_s=0.004,
-    prefill_lora_s=0.001,
-    prefill_token_s=2e-5,
-    prefill_token_rank_s=3e-7,
-    decode_s=0.003,
-    decode_row_s=1e-4,
-    decode_kv_token_s=2e-6,
-    decode_rank_s=1e-6,
+TRUTH = ProgramCost(
+    work=LinearCost(
+        prefill_lora_s=0.001,
+        prefill_token_s=2e-5,
+        prefill_token_rank_s=3e-7,
+        decode_row_s=1e-4,
+        decode_kv_token_s=2e-6,
+        decode_rank_s=1e-6,
+    ),
+    prefill_programs_s={32: 0.004, 64: 0.009, 128: 0.01},
+    decode_programs_s={1: 0.002, 4: 0.006, 8: 0.007},
 )
+"""What a planner of `simulator_of` runs; not on a line."""
 
 
 def logged_run(path, *, link=LINK, count=400, seed=0):
@@ -55,6 +59,11 @@ def logged_run(path, *, link=LINK, count=400, seed=0):
     simulator.run(requests, max_tokens=30)
     writers[0].close()
     return path
+
+
+def steps_of(path):
+    log = read_plan_log(path)
+    return step_samples(log, log.planner)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -105,12 +114,14 @@ def test_features_times_coefficients_are_the_cost():
 def test_fit_to_a_log_finds_the_cost_that_made_it(tmp_path):
 
     path = logged_run(tmp_path / "plans.gz")
-    fit = fit_cost(step_samples(read_plan_log(path)))
+    fit = fit_cost(steps_of(path))
     assert fit.median_error < 1e-6 and fit.p90_error < 1e-6
     for field in dataclasses.fields(LinearCost):
-        expected = getattr(TRUTH, field.name)
-        found = getattr(fit.cost, field.name)
+        expected = getattr(TRUTH.work, field.name)
+        found = getattr(fit.cost.work, field.name)
         assert found == pytest.approx(expected, rel=1e-3, abs=1e-9), field.name
+    for name in ("prefill_programs_s", "decode_programs_s"):
+        assert getattr(fit.cost, name) == pytest.approx(getattr(TRUTH, name), rel=1e-3)
     assert fit.load_page_s == pytest.approx(0.0, abs=1e-9)
 
 
@@ -119,19 +130,19 @@ def test_fit_finds_what_copies_cost_the_engine(tmp_path):
     # 1,000 bytes a page on 1 MB/s; latency, which is not by the page, left out.
     link = dataclasses.replace(LINK, stall=3.0, latency_s=0.0)
     path = logged_run(tmp_path / "plans.gz", link=link)
-    fit = fit_cost(step_samples(read_plan_log(path)))
+    fit = fit_cost(steps_of(path))
     assert fit.load_page_s == pytest.approx(3e-3, rel=1e-3)
 
 
 def test_noise_moves_no_mean_and_a_compile_counts_little(tmp_path):
-    iterations = list(read_plan_log(logged_run(tmp_path / "plans.gz")))
+    path = logged_run(tmp_path / "plans.gz")
     rng = random.Random(3)
     samples = [
         # A mean of 1 and a long tail, as on a machine that others use.
         dataclasses.replace(
             one, period_s=one.period_s * (0.7 + rng.expovariate(1 / 0.3))
         )
-        for one in step_samples(iterations)
+        for one in steps_of(path)
     ]
     samples[5] = dataclasses.replace(samples[5], period_s=60.0)
     fit = fit_cost(samples)
@@ -144,7 +155,23 @@ def test_too_few_steps_are_an_error(tmp_path):
 
     path = logged_run(tmp_path / "plans.gz", count=1)
     with pytest.raises(ConfigError, match="steps are too few to fit, at least 50"):
-        fit_cost(step_samples(read_plan_log(path)))
+        fit_cost(steps_of(path))
+
+
+def test_steps_without_decode_rows_are_an_error(tmp_path):
+    samples = steps_of(logged_run(tmp_path / "plans.gz"))
+    prompts = [one for one in samples if not one.work.decode_rows]
+    with pytest.raises(ConfigError, match="no step of .* has decode rows"):
+        fit_cost(prompts)
+
+
+def test_programs_that_never_ran_are_left_to_larger_ones(tmp_path):
+    samples = steps_of(logged_run(tmp_path / "plans.gz"))
+    fit = fit_cost(one for one in samples if one.programs[1] != 4)
+    assert sorted(fit.cost.decode_programs_s) == [1, 8]
+    rows = [fit.cost.step_s(StepWork(decode_rows=count)) for count in (1, 2, 8)]
+    assert rows[0] == pytest.approx(0.0021, rel=1e-3)
+    assert rows[1:] == pytest.approx([0.0072, 0.0078], rel=1e-3)
 
 
 def test_tool_prints_tables_of_a_profile(tmp_path):
@@ -154,8 +181,11 @@ def test_tool_prints_tables_of_a_profile(tmp_path):
     done = run_tool("fit_cost_model", *arguments, folder=tmp_path)
     assert done.returncode == 0, done.stderr
     table = tomllib.loads(done.stdout)
-    assert table["cost"].pop("kind") == "linear"
-    assert LinearCost(**table["cost"]).decode_s == pytest.approx(0.003, rel=1e-3)
+    assert table["cost"]["kind"] == "programs"
+    programs_s = table["cost"]["decode_programs_s"]
+    assert programs_s == pytest.approx({"1": 0.002, "4": 0.006, "8": 0.007}, rel=1e-3)
+    assert table["cost"]["decode_row_s"] == pytest.approx(1e-4, rel=1e-3)
+    assert "decode_s" not in table["cost"]
     assert table["link"] == {"stall": pytest.approx(0.0, abs=1e-6)}
     # Copies take 10 ms beyond the link, and some are found only a step later.
     assert 0.01 <= table["engine"]["link_latency_s"] < 0.02

@@ -117,12 +117,21 @@ def test_wrong_profile_is_an_error_that_names_field_value_and_rule(
         profile_of(line, by)
 
 
+PROGRAMS = 'kind = "programs"\ndecode_programs_s = { 1 = 0.01 }'
+
+
 @pytest.mark.parametrize(
     "cost, message",
     [
         ('kind = "paper"\ngpu = "a40"', "is of model 'llama-7b' on gpu 'a40', not of"),
         ('kind = "roofline"\ngpu = "a41"', "gpu='a41' is unknown; did you mean 'a40'"),
         ('kind = "magic"', "cost.kind='magic' must be 'paper', 'roofline', 'linear'"),
+        ('kind = "programs"', "cost prefill_programs_s must hold at least one size"),
+        (f"{PROGRAMS}\nprefill_programs_s = 3", "cost.prefill_programs_s=3 must be a"),
+        (f"{PROGRAMS}\nprefill_programs_s = {{ a = 1 }}", "has the size 'a', which"),
+        (f"{PROGRAMS}\nprefill_programs_s = {{ 0 = 1 }}", "has the size 0, which"),
+        (f"{PROGRAMS}\nprefill_programs_s = {{ 32 = -1 }}", "programs_s.32=-1 must be"),
+        (f"{PROGRAMS}\ndecode = 1", "unknown key 'decode' in LinearCost"),
     ],
 )
 def test_wrong_cost_is_an_error(profile_of, cost, message):
@@ -262,3 +271,27 @@ def test_cost_of_a_step_that_does_nothing_is_nothing():
     assert cost.step_s(StepWork()) == 0.0
     both = StepWork(prefill_tokens=1, decode_rows=1)
     assert cost.step_s(both) == 2.0
+
+
+def test_cost_by_programs_takes_the_smallest_that_holds_the_work(profile_of):
+    old = TINY[TINY.index('kind = "linear"') : TINY.index("[engine]")]
+    table = """kind = "programs"
+decode_row_s = 0.001
+prefill_programs_s = { 64 = 0.03, 32 = 0.02 }
+decode_programs_s = { 1 = 0.01, 4 = 0.05 }
+
+"""
+    cost = profile_of(old, table).cost
+
+    def prompt(tokens):
+        tiles = -(-tokens // 32) * 32
+        return StepWork(prefill_tokens=tokens, prefill_tile_tokens=tiles)
+
+    assert cost.step_s(StepWork()) == 0.0
+    times_s = [cost.step_s(prompt(tokens)) for tokens in (1, 32, 33, 64, 128)]
+    assert times_s == pytest.approx([0.02, 0.02, 0.03, 0.03, 0.06])
+    times_s = [cost.step_s(StepWork(decode_rows=rows)) for rows in (1, 2, 4, 8)]
+    assert times_s == pytest.approx([0.011, 0.052, 0.054, 0.108])
+    both = StepWork(prefill_tokens=40, prefill_tile_tokens=64, decode_rows=3)
+    assert cost.step_s(both) == pytest.approx(0.083)
+    assert cost.scaled(0.5).step_s(both) == pytest.approx(0.0415)

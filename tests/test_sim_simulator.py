@@ -293,6 +293,7 @@ def test_work_of_a_step_is_what_its_cost_is_asked_for():
         if w.prefill_tokens
     ]
     assert prompts == [(32, 32, 32 * 64), (18, 18, 18 * 64)]
+    assert [w.prefill_tile_tokens for w in seen[:2]] == [32, 32]
     # Token i attends to itself and the i before it.
     assert [w.prefill_pairs for w in seen[:2]] == [
         sum(range(1, 33)),

@@ -12,14 +12,16 @@ import dataclasses
 import itertools
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from jchameleon.errors import JChameleonError
+from jchameleon.runtime.policy.limits import PlannerConfig
 from jchameleon.runtime.policy.log import read_plan_log
 from jchameleon.sim.fitted import (
     Fit,
     Iteration,
+    StepSample,
     fit_cost,
     load_latency_s,
     step_samples,
@@ -27,22 +29,35 @@ from jchameleon.sim.fitted import (
 from jchameleon.sim.link import LinkConfig
 
 
-def read_logs(paths: list[Path]) -> list[list[Iteration]]:
-    """Return the iterations of plan logs; ConfigError where one cannot be read."""
-    return [list(read_plan_log(path)) for path in paths]
+@dataclasses.dataclass(frozen=True, slots=True)
+class Log:
+    """A plan log in memory."""
+
+    limits: PlannerConfig
+    iterations: list[Iteration]
+
+    def steps(self) -> Iterator[StepSample]:
+        """Yield what ran."""
+        return step_samples(self.iterations, self.limits)
 
 
-def fit_logs(logs: Sequence[Sequence[Iteration]]) -> Fit:
+def read_log(path: Path) -> Log:
+    """Return a plan log; ConfigError where it cannot be read."""
+    log = read_plan_log(path)
+    return Log(log.planner, list(log))
+
+
+def fit_logs(logs: Sequence[Log]) -> Fit:
     """Return the fit of all steps of some logs.
 
     Raises:
       ConfigError: they have too few steps.
     """
-    return fit_cost(itertools.chain.from_iterable(map(step_samples, logs)))
+    return fit_cost(itertools.chain.from_iterable(log.steps() for log in logs))
 
 
 def fit_link(
-    logs: Sequence[Sequence[Iteration]],
+    logs: Sequence[Log],
     fit: Fit,
     *,
     page_bytes: int,
@@ -50,10 +65,12 @@ def fit_link(
 ) -> LinkConfig:
     """Return the link of known bandwidth, with what copies cost beside it."""
     page_s = page_bytes / bytes_per_s
-    loads = [load for log in logs for *_, plan in log for load in plan.loads]
+    loads = [load for log in logs for *_, plan in log.iterations for load in plan.loads]
     if not loads:
         return LinkConfig(bytes_per_s=bytes_per_s)
-    latency_s = statistics.median(load_latency_s(log, page_s=page_s) for log in logs)
+    latency_s = statistics.median(
+        load_latency_s(log.iterations, page_s=page_s) for log in logs
+    )
     pages = statistics.fmean(len(load.pages) for load in loads)
     # A stall is a share of the whole copy, latency included.
     stall = fit.load_page_s * pages / (page_s * pages + latency_s)
@@ -73,7 +90,7 @@ def main() -> None:
     if (args.link_bytes_per_s is None) != (args.page_bytes is None):
         parser.error("--link-bytes-per-s and --page-bytes go together")
     try:
-        logs = read_logs(args.logs)
+        logs = [read_log(path) for path in args.logs]
         fit = fit_logs(logs)
     except JChameleonError as error:
         sys.exit(f"fit_cost_model: {error}")
@@ -81,9 +98,14 @@ def main() -> None:
         f"# {fit.samples} steps, told with a median error of {fit.median_error:.1%}, "
         f"P90 {fit.p90_error:.1%}"
     )
-    print('[cost]\nkind = "linear"')
-    for name, value in dataclasses.asdict(fit.cost).items():
-        print(f"{name} = {value:.6g}")
+    print('[cost]\nkind = "programs"')
+    for name, value in dataclasses.asdict(fit.cost.work).items():
+        if value:
+            print(f"{name} = {value:.6g}")
+    for name in ("prefill_programs_s", "decode_programs_s"):
+        sizes = getattr(fit.cost, name).items()
+        inside = ", ".join(f"{size} = {value:.6g}" for size, value in sizes)
+        print(f"{name} = {{ {inside} }}")
     if args.page_bytes is not None:
         link = fit_link(
             logs, fit, page_bytes=args.page_bytes, bytes_per_s=args.link_bytes_per_s

@@ -27,13 +27,13 @@ from typing import Any
 import numpy as np
 from exp_policies import write_adapters
 from exp_rig import Job, Outcome, Rig
-from fit_cost_model import fit_link, fit_logs, read_logs
+from fit_cost_model import Log, fit_link, fit_logs, read_log
 from twin_bars import cells_of, judge
 
 from jchameleon.config import ATTENTION_PROJECTIONS, EngineConfig, ModelConfig
 from jchameleon.runtime.policy.build import build_planner
 from jchameleon.sampling import SamplingParams
-from jchameleon.sim.fitted import Fit, Iteration, step_samples
+from jchameleon.sim.fitted import Fit
 from jchameleon.sim.link import LinkConfig
 from jchameleon.sim.profile import AdapterMix
 from jchameleon.sim.simulator import SimAdapter, Simulator
@@ -168,7 +168,7 @@ class Twin:
 
     def play(
         self, preset: str, planned: Sequence[Planned]
-    ) -> tuple[list[Outcome], Mapping[str, int], list[Iteration]]:
+    ) -> tuple[list[Outcome], Mapping[str, int], Log]:
         """Run requests on the engine; return outcomes, counters and the plan log."""
         path = self._folder / "plans.gz"
         with self._rig.session(
@@ -179,7 +179,7 @@ class Twin:
         for one in outcomes:
             if one.failed:
                 raise RuntimeError(f"a request ended as {one.finish_reason}")
-        return outcomes, counters(books), read_logs([path])[0]
+        return outcomes, counters(books), read_log(path)
 
     def simulate(
         self, preset: str, planned: Sequence[Planned], fit: Fit, link: LinkConfig
@@ -272,7 +272,7 @@ def validate(settings: Settings, folder: Path) -> dict[str, Any]:
     twin = Twin(settings, folder)
     saturation_rps = twin.saturation_rps()
     log(f"saturation: {saturation_rps:.1f} requests/s")
-    fitted_to: list[list[Iteration]] = []
+    fitted_to: list[Log] = []
     checked: list[dict[str, Any]] = []
     for number in range(settings.rounds):
         for preset in settings.presets:
@@ -290,7 +290,7 @@ def validate(settings: Settings, folder: Path) -> dict[str, Any]:
                         "engine": measured(planned, outcomes),
                         "engine_books": books,
                         "planned": planned,
-                        "steps": list(step_samples(plans)),
+                        "steps": list(plans.steps()),
                     }
                 )
                 log(f"round {number + 1} of {settings.rounds}: {preset}, {traffic}")

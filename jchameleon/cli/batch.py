@@ -207,7 +207,10 @@ def _adapters(args: argparse.Namespace) -> dict[str, str]:
 
 def _how_to_resume(args: argparse.Namespace) -> str:
     """Return what to do next, for a message."""
-    if not Path(args.output).is_file():
+    output = Path(args.output)
+    if args.output != "-" and not output.exists():
+        return "nothing was written; give the same command again"
+    if not output.is_file():
         return "nothing of it can be resumed, as its output is no file"
     path = shlex.quote(args.output)
     return f"what {path} has stays; give the same command with --resume to go on"

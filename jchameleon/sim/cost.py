@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Protocol
 
+from jchameleon.config import PREFILL_TILE_TOKENS
 from jchameleon.runtime.policy.plan import Plan
 
 
@@ -15,6 +16,7 @@ class StepWork:
       prefill_tokens: of all prompt chunks.
       prefill_lora_tokens: those of them that run through an adapter.
       prefill_token_ranks: sum of tokens times rank over chunks.
+      prefill_tile_tokens: of chunks filled up to whole tiles, as the engine runs them.
       prefill_pairs: pairs of a prompt token and one that it attends to, with itself.
       decode_rows: requests that decode; decode_lora_rows: those through an adapter.
       decode_kv_tokens: sum of the tokens that rows attend to.
@@ -24,6 +26,7 @@ class StepWork:
     prefill_tokens: int = 0
     prefill_lora_tokens: int = 0
     prefill_token_ranks: int = 0
+    prefill_tile_tokens: int = 0
     prefill_pairs: int = 0
     decode_rows: int = 0
     decode_lora_rows: int = 0
@@ -56,6 +59,7 @@ def work_of(plan: Plan, rows: Mapping[str, Row]) -> StepWork:
     for chunk in plan.prefill:
         rank, length = rows[chunk.request_id].rank, chunk.length
         work.prefill_tokens += length
+        work.prefill_tile_tokens += -(-length // PREFILL_TILE_TOKENS) * PREFILL_TILE_TOKENS
         work.prefill_pairs += length * chunk.start + length * (length + 1) // 2
         if rank:
             work.prefill_lora_tokens += length

@@ -15,12 +15,15 @@ from jchameleon.runtime.policy.events import (
     LoadDone,
     StepDone,
 )
+from jchameleon.runtime.policy.limits import PlannerConfig
 from jchameleon.runtime.policy.plan import Plan
+from jchameleon.runtime.shapes import decode_buckets, prefill_buckets
 from jchameleon.sim.cost import StepWork, work_of
 from jchameleon.sim.linear import LinearCost, features
+from jchameleon.sim.programs import ProgramCost
 
 LEAST_SAMPLES = 50
-"""Fewer steps say too little of ten coefficients."""
+"""Fewer steps say too little of some twenty coefficients."""
 
 MOST_RATIO = 5.0
 """A step that takes longer than so many times what is expected was held up by something
@@ -37,11 +40,13 @@ class StepSample:
     """One iteration of an engine that ran something.
 
     Attributes:
+      programs: sizes of what it ran, padded prompt tokens and decode rows; 0 for none.
       period_s: from its plan to the next one: the step and the host's own time.
       load_pages: of adapter copies that it started, and of copies that it took in.
     """
 
     work: StepWork
+    programs: tuple[int, int]
     period_s: float
     load_pages: tuple[int, int]
 
@@ -56,7 +61,7 @@ class Fit:
       samples: how many there were.
     """
 
-    cost: LinearCost
+    cost: ProgramCost
     load_page_s: float
     median_error: float
     p90_error: float
@@ -69,12 +74,19 @@ class _Tracked:
     context_tokens: int
 
 
-def step_samples(iterations: Iterable[Iteration]) -> Iterator[StepSample]:
+def step_samples(
+    iterations: Iterable[Iteration], limits: PlannerConfig
+) -> Iterator[StepSample]:
     """Yield the steps of a plan log, in order.
 
     The engine plans again as soon as a step is done, so the time between two plans is
     what a step takes. The last of a log has no end and is left out.
+
+    Args:
+      limits: of its planner, which say what programs the engine has.
     """
+    prefill_sizes = prefill_buckets(limits.max_batch_tokens)
+    decode_sizes = decode_buckets(limits.max_running)
     ranks: dict[str, int] = {}
     rows: dict[str, _Tracked] = {}
     pages: dict[str, int] = {}  # of copies under way
@@ -86,7 +98,13 @@ def step_samples(iterations: Iterable[Iteration]) -> Iterator[StepSample]:
         if before is not None and ended:
             start_s, work, started = before
             yield StepSample(
-                work=work, period_s=now_s - start_s, load_pages=(started, arrived)
+                work=work,
+                programs=(
+                    _program(prefill_sizes, work.prefill_tile_tokens),
+                    _program(decode_sizes, work.decode_rows),
+                ),
+                period_s=now_s - start_s,
+                load_pages=(started, arrived),
             )
         _track(events, ranks, rows)
         for request_id, *_ in plan.failed:
@@ -118,6 +136,11 @@ def load_latency_s(iterations: Iterable[Iteration], *, page_s: float) -> float:
             free_s = max(now_s, free_s) + page_s * len(load.pages)
             due_s[load.uid] = free_s
     return float(np.percentile(late_s, 25)) if late_s else 0.0
+
+
+def _program(sizes: Sequence[int], needed: int) -> int:
+    """Return the smallest size that holds what is needed; 0 for nothing."""
+    return next(size for size in sizes if size >= needed) if needed else 0
 
 
 def _track(
@@ -152,16 +175,29 @@ def fit_cost(samples: Iterable[StepSample]) -> Fit:
     the round before.
 
     Raises:
-      ConfigError: there are too few samples.
+      ConfigError: there are too few samples, or none with prompts or decode rows.
     """
     kept = [one for one in samples if one.period_s > 0]
     if len(kept) < LEAST_SAMPLES:
         raise ConfigError(
             f"{len(kept)} steps are too few to fit, at least {LEAST_SAMPLES} are needed"
         )
+    # Programs that never ran have no column: a larger one is taken in their place.
+    sizes = [sorted({one.programs[kind] for one in kept} - {0}) for kind in (0, 1)]
+    for kind, name in enumerate(("prompts", "decode rows")):
+        if not sizes[kind]:
+            raise ConfigError(f"no step of {len(kept)} has {name}: nothing to fit")
     rows = np.array(
-        [(*features(one.work), *one.load_pages) for one in kept], np.float64
-    )  # f64[n, terms + 2]
+        [
+            (
+                *[one.programs[kind] == size for kind in (0, 1) for size in sizes[kind]],
+                *[value for _, value in _work_terms(one.work)],
+                *one.load_pages,
+            )
+            for one in kept
+        ],
+        np.float64,
+    )  # f64[n, programs + terms + 2]
     periods_s = np.array([one.period_s for one in kept])  # f64[n]
     expected_s = periods_s
     for _ in range(_ROUNDS):
@@ -169,16 +205,33 @@ def fit_cost(samples: Iterable[StepSample]) -> Fit:
         found = non_negative_least_squares(rows / expected_s[:, None], target)
         expected_s = np.maximum(rows @ found, periods_s.min())
     errors = np.abs(rows @ found / periods_s - 1)
-    names = [field.name for field in dataclasses.fields(LinearCost)]
-    values = found.tolist()
-    cost = LinearCost(**dict(zip(names, values[:-2], strict=True)))
+    values = iter(found.tolist())
+    prefill_programs_s, decode_programs_s = (
+        {size: next(values) for size in sizes[kind]} for kind in (0, 1)
+    )
+    terms = {name: next(values) for name, _ in _work_terms(kept[0].work)}
+    cost = ProgramCost(
+        work=LinearCost(**terms),
+        prefill_programs_s=prefill_programs_s,
+        decode_programs_s=decode_programs_s,
+    )
     return Fit(
         cost=cost,
-        load_page_s=values[-2] + values[-1],
+        load_page_s=sum(values),
         median_error=float(np.median(errors)),
         p90_error=float(np.percentile(errors, 90)),
         samples=len(kept),
     )
+
+
+def _work_terms(work: StepWork) -> list[tuple[str, float]]:
+    """Return coefficients and their features, without those that programs stand for."""
+    names = [field.name for field in dataclasses.fields(LinearCost)]
+    return [
+        (name, value)
+        for name, value in zip(names, features(work), strict=True)
+        if name not in ("prefill_s", "decode_s")
+    ]
 
 
 def non_negative_least_squares(

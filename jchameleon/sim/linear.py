@@ -69,6 +69,11 @@ class LinearCost:
                 total_s += self.decode_lora_s
         return total_s
 
+    def scaled(self, factor: float) -> "LinearCost":
+        """Return the cost of an engine that takes `factor` times as long."""
+        values = {name: factor * value for name, value in dataclasses.asdict(self).items()}
+        return LinearCost(**values)
+
 
 def features(work: StepWork) -> tuple[float, ...]:
     """Return what each coefficient of `LinearCost` is multiplied with, in its order."""

@@ -22,11 +22,12 @@ from jchameleon.errors import ConfigError
 from jchameleon.lora.layout import ChunkLayout
 from jchameleon.sim.linear import LinearCost, paper_cost
 from jchameleon.sim.link import LinkConfig
+from jchameleon.sim.programs import ProgramCost
 from jchameleon.sim.roofline import load_gpu, roofline_cost
 from jchameleon.sim.simulator import SimAdapter
 from jchameleon.workload.generator import Length, Popularity, Workload
 
-COST_KINDS = ("paper", "roofline", "linear")
+COST_KINDS = ("paper", "roofline", "linear", "programs")
 _ITEM_BYTES = {"bfloat16": 2, "float32": 4}
 _PARSERS: dict[str, Callable[[str], Any]] = {
     "input_len": Length.parse,
@@ -84,7 +85,7 @@ class Profile:
     name: str
     model: ModelConfig
     cost_kind: str
-    cost: LinearCost
+    cost: LinearCost | ProgramCost
     link: LinkConfig
     engine: EngineConfig
     adapters: AdapterMix
@@ -234,16 +235,19 @@ def _profile(name: str, table: Mapping[str, Any]) -> Profile:
 
 def _cost(
     table: Mapping[str, Any], model: ModelConfig, engine: EngineConfig
-) -> tuple[str, LinearCost]:
+) -> tuple[str, LinearCost | ProgramCost]:
     values = dict(table)
     kind = values.pop("kind", None)
     if kind == "linear":
         check_keys(LinearCost, values)
         return kind, LinearCost(**values)
+    if kind == "programs":
+        return kind, _program_cost(values)
     gpu = values.pop("gpu", None)
     if values:
         raise ConfigError(
-            f"cost.{next(iter(values))} goes with cost.kind='linear', not {kind!r}"
+            f"cost.{next(iter(values))} goes with cost.kind='linear' or 'programs', "
+            f"not {kind!r}"
         )
     if kind == "roofline":
         targets = engine.lora_targets or ATTENTION_PROJECTIONS
@@ -260,6 +264,20 @@ def _cost(
     return kind, paper_cost()
 
 
+def _program_cost(values: dict[str, Any]) -> ProgramCost:
+    programs = {}
+    for name in ("prefill_programs_s", "decode_programs_s"):
+        table = _table(values, name, "cost.")
+        values.pop(name, None)
+        # TOML's keys are texts; what is no number is told by the class.
+        programs[name] = {
+            int(size) if size.isdecimal() else size: value
+            for size, value in table.items()
+        }
+    check_keys(LinearCost, values)
+    return ProgramCost(work=LinearCost(**values), **programs)
+
+
 def _workload(values: dict[str, Any]) -> Workload:
     check_keys(Workload, values)
     for key in ("rate_rps", "seed"):
@@ -274,10 +292,10 @@ def _workload(values: dict[str, Any]) -> Workload:
         raise ConfigError(f"workload: {error}") from error
 
 
-def _table(table: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+def _table(table: Mapping[str, Any], key: str, above: str = "") -> Mapping[str, Any]:
     value = table.get(key, {})
     if not isinstance(value, Mapping):
-        raise ConfigError(f"{key}={value!r} must be a table")
+        raise ConfigError(f"{above}{key}={value!r} must be a table")
     return value
 
 

@@ -11,7 +11,6 @@ from jchameleon.runtime.policy.events import Event
 from jchameleon.runtime.policy.plan import Plan
 from jchameleon.runtime.policy.planner import Planner
 from jchameleon.sim.cost import CostModel, StepWork
-from jchameleon.sim.linear import LinearCost
 from jchameleon.sim.load import Load
 from jchameleon.sim.profile import Profile
 from jchameleon.sim.report import build_report
@@ -169,13 +168,9 @@ def _relieved(profile: Profile) -> dict[str, Profile]:
     """Return profiles with more of one resource each."""
     cost, engine, link = profile.cost, profile.engine, profile.link
     assert engine.pool_bytes is not None
-    faster = {
-        field.name: getattr(cost, field.name) / RELIEF
-        for field in dataclasses.fields(LinearCost)
-    }
     rows = int(RELIEF * engine.max_running)
     return {
-        "compute": dataclasses.replace(profile, cost=LinearCost(**faster)),
+        "compute": dataclasses.replace(profile, cost=cost.scaled(1 / RELIEF)),
         "memory": _with_engine(profile, pool_bytes=int(RELIEF * engine.pool_bytes)),
         "rows": _with_engine(
             profile,

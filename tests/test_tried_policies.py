@@ -1,0 +1,190 @@
+"""Policies of tools/tried_policies.py: by hand, in a planner, and compared by the tool."""
+
+import dataclasses
+import math
+import random
+import sys
+
+import numpy as np
+import pytest
+from planner_driver import CONFIG, Driver, planner_of, request_of
+from sim_world import adapters_of, drawn, simulator_of
+from test_policy_eviction import used_table
+from tool_runs import ROOT, run_bench
+
+from jchameleon.errors import ConfigError
+from jchameleon.runtime.policy.invariants import check_planner
+
+sys.path.insert(0, str(ROOT / "tools"))
+import tried_policies as tried  # noqa: E402, a script's neighbour
+
+EVICTIONS = ("PerByte", "Elora", "TailSafe", "Ghosts", "Epochs")
+NOW_S = 100.0
+
+
+def random_rows(seed, count=12):
+    rng = random.Random(seed)
+    return [
+        (rng.randint(0, 9), rng.uniform(0.0, NOW_S), rng.randint(1, 32))
+        for _ in range(count)
+    ]
+
+
+def table_of(rows, load_line=(0.002, 0.001)):
+    table = used_table(rows, now_s=NOW_S)
+    table.load_line = load_line
+    return table
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_scores_are_those_of_plain_loops(seed):
+    rows = random_rows(seed)
+    reload_s = [0.002 + 0.001 * pages for *_, pages in rows]
+    per_byte = [u * s / p for (u, _, p), s in zip(rows, reload_s, strict=True)]
+    assert tried.PerByte().score(table_of(rows)) == pytest.approx(per_byte)
+    elora = [
+        s * u * (1 - 1 / (1 + math.exp(-(NOW_S - last) / 30.0)))
+        for (u, last, _), s in zip(rows, reload_s, strict=True)
+    ]
+    assert tried.Elora(scale_s=30.0).score(table_of(rows)) == pytest.approx(elora)
+
+
+def test_what_reloads_within_the_budget_goes_first_by_chameleons_score():
+    rows = random_rows(1)
+    scores = tried.TailSafe(budget_s=0.016).score(table_of(rows))
+    plain = tried.ChameleonScore().score(table_of(rows))
+    order = sorted(range(len(rows)), key=lambda i: (rows[i][2] > 14, plain[i]))
+    assert np.argsort(scores).tolist() == order
+
+
+def test_term_that_wanted_a_victim_gone_which_comes_back_loses_weight():
+    policy = tried.Ghosts()
+    # The most used one, small and long idle.
+    table = table_of([(9, 10.0, 1), (1, 90.0, 32), (2, 60.0, 16)])
+    policy.score(table)
+    policy.evicted(0, 0.0)
+    policy.used(1)  # was never evicted
+    assert policy.weights.tolist() == [1 / 3] * 3
+    policy.used(0)
+    frequency, recency, size = policy.weights
+    assert frequency > size > recency
+    assert policy.weights.sum() == pytest.approx(1.0)
+    for _ in range(500):
+        policy.score(table)
+        policy.evicted(0, 0.0)
+        policy.used(0)
+    assert policy.weights.min() > 0.005
+    policy.evicted(0, 0.0)
+    policy.forget(0)
+    before = policy.weights
+    policy.used(0)  # another adapter of that order
+    assert policy.weights is before
+
+
+def test_set_that_is_kept_changes_only_after_an_epoch():
+    policy = tried.Epochs(epoch_uses=4, most_uses=8, share=0.5)
+    table = table_of([(0, 10.0, 8), (0, 20.0, 8), (0, 30.0, 8), (0, 40.0, 8)])
+    assert np.argsort(policy.score(table)).tolist() == [0, 1, 2, 3]
+    for order in (0, 0, 1, 1):
+        policy.used(order)
+    assert np.argsort(policy.score(table)).tolist() == [2, 3, 0, 1]
+    for order in (2, 2, 3):
+        policy.used(order)
+    assert np.argsort(policy.score(table)).tolist() == [2, 3, 0, 1]
+    policy.used(3)
+    assert np.argsort(policy.score(table)).tolist() == [0, 1, 2, 3]
+    # The same set again: the next epoch is twice as long.
+    for order in (2, 2, 3, 3):
+        policy.used(order)
+    policy.score(table)
+    for order in (0, 0, 1, 1):
+        policy.used(order)
+    assert np.argsort(policy.score(table)).tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    "policy, options, message",
+    [
+        (tried.Elora, {"scale_s": 0}, "scale_s=0 must be"),
+        (tried.TailSafe, {"budget_s": math.inf}, "budget_s=inf must be"),
+        (tried.Ghosts, {"rate": "x"}, "rate='x' must be"),
+        (tried.Ghosts, {"remembered": 0}, "remembered=0 must be"),
+        (tried.Epochs, {"share": 2}, "share=2 must be"),
+        (tried.Epochs, {"epoch_uses": 0}, "epoch_uses=0 must be"),
+        (tried.Vtc, {"output_weight": -1}, "output_weight=-1 must be"),
+    ],
+)
+def test_options_out_of_range_are_errors(policy, options, message):
+    with pytest.raises(ConfigError, match=message):
+        policy(**options)
+
+
+def test_adapter_that_was_served_less_goes_first():
+    """One row at a time, and `b` comes when `a` has a long line already."""
+    config = dataclasses.replace(CONFIG, max_running=1)
+    driver = Driver(planner_of(config, admission=tried.Vtc()))
+    for uid in "ab":
+        driver.register(uid, 2)
+    for uid, count in (("a", 6), ("b", 3)):
+        for index in range(count):
+            request = request_of(f"{uid}{index}", adapter_uid=uid, max_tokens=4)
+            driver.arrive(request, length=4)
+        if uid == "a":
+            assert driver.tick().admitted == ("a0",)
+    order = []
+    while len(driver.outcome) < 9:
+        order += driver.tick().admitted
+    assert order == ["b0", "a1", "b1", "a2", "b2", "a3", "a4", "a5"]
+
+
+def test_adapter_that_comes_back_has_saved_up_nothing():
+    config = dataclasses.replace(CONFIG, max_running=1)
+    driver = Driver(planner_of(config, admission=tried.Vtc()))
+    for uid in "ab":
+        driver.register(uid, 2)
+    for index in range(8):
+        request = request_of(f"a{index}", adapter_uid="a", max_tokens=4)
+        driver.arrive(request, length=4)
+    while len(driver.outcome) < 4:
+        driver.tick()
+    # By what it was given alone, it could run four times before `a` does again.
+    for index in range(4):
+        request = request_of(f"b{index}", adapter_uid="b", max_tokens=4)
+        driver.arrive(request, length=4)
+    order = []
+    while len(driver.outcome) < 12:
+        order += driver.tick().admitted
+    assert "bb" not in "".join(name[0] for name in order[:6])
+
+
+@pytest.mark.parametrize("name", [*EVICTIONS, "Vtc"])
+def test_everyone_ends_under_each_of_them(name):
+    kind = "admission" if name == "Vtc" else "eviction"
+    policy = {
+        "preset": "chameleon-nosched",
+        kind: {"name": f"tried_policies:{name}"},
+    }
+    simulator, planner = simulator_of(
+        adapters_of(a=8, b=16, c=32, d=64), policy=policy, num_pages=40
+    )
+    rng = random.Random(5)
+    at_s, requests = 0.0, []
+    for _ in range(300):
+        at_s += rng.expovariate(8.0)
+        uid = rng.choice("abcd")
+        requests.append(drawn(at_s, uid, rng.randint(1, 60), rng.randint(1, 20)))
+    result = simulator.run(requests, max_tokens=20)
+    assert (result.finished, result.failed) == (300, 0)
+    assert result.books.evictions > 20
+    check_planner(planner)
+
+
+def test_tool_compares_them(tmp_path):
+    """With so few requests the figures say nothing; that they are there."""
+    text, report = run_bench("exp_tried", "--quick", folder=tmp_path)
+    assert "instead of the eviction of `chameleon`" in text
+    for rows in report["compared"].values():
+        assert len(rows) == 8
+        assert all(0 <= row["hit_rate"] <= 1 for row in rows.values())
+    vtc = report["isolation"]["Vtc"]
+    assert vtc["with"]["hog_p99_s"] > 0 and vtc["without"]["others_p99_s"] > 0
