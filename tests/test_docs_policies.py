@@ -66,6 +66,7 @@ def folder(tmp_path, monkeypatch):
 def test_every_code_block_is_run_here():
     assert PAGE.count("```") == 2 * len(blocks())
     assert set(blocks()) == {
+        "fair.toml",
         "low-median.toml",
         "my-policy.toml",
         "inline.py",
@@ -116,6 +117,13 @@ def test_toml_file_and_inline_table_are_the_same(folder):
 def test_turns_can_be_turned_off_as_the_page_says(folder):
     config = load_policy("low-median.toml")
     assert config.admission.options == {"rows_per_step": 1_000_000}
+    assert config.eviction == load_policy("adaptive").eviction
+    build_policies(config)
+
+
+def test_turns_by_adapter_go_with_another_cache_as_the_page_says(folder):
+    config = load_policy("fair.toml")
+    assert config.admission.name == "vtc"
     assert config.eviction == load_policy("adaptive").eviction
     build_policies(config)
 

@@ -32,6 +32,7 @@ PRESETS = {
     "lru": "chameleon lru quantile queued",
     "s-lora": "s-lora drop quantile queued",
     "sjf": "sjf drop quantile queued",
+    "vtc": "vtc chameleon quantile queued",
 }
 
 WHOLE = {
@@ -164,7 +165,7 @@ def test_resolved_policies_do_not_change_with_what_they_came_from():
     ("value", "message"),
     [
         ("chamelon", r"^policy='chamelon' is no preset; did you mean 'chameleon'\?"),
-        ("zzz", "^policy='zzz' is no preset; presets are adaptive, .*, sjf; or give"),
+        ("zzz", "^policy='zzz' is no preset; presets are adaptive, .*, vtc; or give"),
         ("", "^policy='' is no preset"),
         ("../policies/lru", "is no preset"),
         ("no/such.toml", "cannot read config 'no/such.toml'"),

@@ -23,6 +23,7 @@ from jchameleon.runtime.policy.replay import replay
 from jchameleon.runtime.policy.request import Request
 from jchameleon.runtime.policy.sjf import ShortestJobFirst
 from jchameleon.runtime.policy.slora import SLora
+from jchameleon.runtime.policy.vtc import Vtc
 
 ONE_ROW = dataclasses.replace(CONFIG, max_running=1)
 POLICIES = {
@@ -32,6 +33,7 @@ POLICIES = {
     "s-lora-abort": lambda: SLora(early_abort_slo_s=6.0),
     "chameleon": Chameleon,
     "paced": Paced,
+    "vtc": Vtc,
     "chameleon-in-order": lambda: Chameleon(max_overtaken=0),
 }
 

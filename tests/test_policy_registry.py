@@ -104,7 +104,7 @@ def test_every_short_name_is_a_class_of_its_protocol():
 
 def test_short_names_are_those_of_the_documentation():
     assert {kind: policy_names(kind) for kind in POLICY_KINDS} == {
-        "admission": ["chameleon", "fifo", "paced", "s-lora", "sjf"],
+        "admission": ["chameleon", "fifo", "paced", "s-lora", "sjf", "vtc"],
         "eviction": ["chameleon", "drop", "fairshare", "gdsf", "lru"],
         "predictor": ["max_tokens", "noisy-oracle", "oracle", "quantile"],
         "prefetch": ["histogram", "none", "queued"],

@@ -226,6 +226,7 @@ PRESETS = {
     "histogram": True,
     "s-lora": True,
     "sjf": False,
+    "vtc": False,
 }
 
 

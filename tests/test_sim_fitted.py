@@ -158,6 +158,15 @@ def test_too_few_steps_are_an_error(tmp_path):
         fit_cost(steps_of(path))
 
 
+def test_program_that_ran_once_while_held_up_is_left_out(tmp_path):
+    samples = list(steps_of(logged_run(tmp_path / "plans.gz")))
+    one = next(one for one in samples if one.programs == (0, 4))
+    once = dataclasses.replace(one, programs=(0, 16), period_s=60.0)
+    fit = fit_cost([*samples, once])
+    assert 16 not in fit.cost.decode_programs_s
+    assert fit.cost.decode_programs_s[8] == pytest.approx(0.007, rel=1e-3)
+
+
 def test_steps_without_decode_rows_are_an_error(tmp_path):
     samples = steps_of(logged_run(tmp_path / "plans.gz"))
     prompts = [one for one in samples if not one.work.decode_rows]

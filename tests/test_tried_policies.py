@@ -1,13 +1,11 @@
-"""Policies of tools/tried_policies.py: by hand, in a planner, and compared by the tool."""
+"""Policies of tools/tried_policies.py: by hand, in a planner, compared by the tool."""
 
-import dataclasses
 import math
 import random
 import sys
 
 import numpy as np
 import pytest
-from planner_driver import CONFIG, Driver, planner_of, request_of
 from sim_world import adapters_of, drawn, simulator_of
 from test_policy_eviction import used_table
 from tool_runs import ROOT, run_bench
@@ -111,7 +109,6 @@ def test_set_that_is_kept_changes_only_after_an_epoch():
         (tried.Ghosts, {"remembered": 0}, "remembered=0 must be"),
         (tried.Epochs, {"share": 2}, "share=2 must be"),
         (tried.Epochs, {"epoch_uses": 0}, "epoch_uses=0 must be"),
-        (tried.Vtc, {"output_weight": -1}, "output_weight=-1 must be"),
     ],
 )
 def test_options_out_of_range_are_errors(policy, options, message):
@@ -119,50 +116,11 @@ def test_options_out_of_range_are_errors(policy, options, message):
         policy(**options)
 
 
-def test_adapter_that_was_served_less_goes_first():
-    """One row at a time, and `b` comes when `a` has a long line already."""
-    config = dataclasses.replace(CONFIG, max_running=1)
-    driver = Driver(planner_of(config, admission=tried.Vtc()))
-    for uid in "ab":
-        driver.register(uid, 2)
-    for uid, count in (("a", 6), ("b", 3)):
-        for index in range(count):
-            request = request_of(f"{uid}{index}", adapter_uid=uid, max_tokens=4)
-            driver.arrive(request, length=4)
-        if uid == "a":
-            assert driver.tick().admitted == ("a0",)
-    order = []
-    while len(driver.outcome) < 9:
-        order += driver.tick().admitted
-    assert order == ["b0", "a1", "b1", "a2", "b2", "a3", "a4", "a5"]
-
-
-def test_adapter_that_comes_back_has_saved_up_nothing():
-    config = dataclasses.replace(CONFIG, max_running=1)
-    driver = Driver(planner_of(config, admission=tried.Vtc()))
-    for uid in "ab":
-        driver.register(uid, 2)
-    for index in range(8):
-        request = request_of(f"a{index}", adapter_uid="a", max_tokens=4)
-        driver.arrive(request, length=4)
-    while len(driver.outcome) < 4:
-        driver.tick()
-    # By what it was given alone, it could run four times before `a` does again.
-    for index in range(4):
-        request = request_of(f"b{index}", adapter_uid="b", max_tokens=4)
-        driver.arrive(request, length=4)
-    order = []
-    while len(driver.outcome) < 12:
-        order += driver.tick().admitted
-    assert "bb" not in "".join(name[0] for name in order[:6])
-
-
-@pytest.mark.parametrize("name", [*EVICTIONS, "Vtc"])
+@pytest.mark.parametrize("name", EVICTIONS)
 def test_everyone_ends_under_each_of_them(name):
-    kind = "admission" if name == "Vtc" else "eviction"
     policy = {
         "preset": "chameleon-nosched",
-        kind: {"name": f"tried_policies:{name}"},
+        "eviction": {"name": f"tried_policies:{name}"},
     }
     simulator, planner = simulator_of(
         adapters_of(a=8, b=16, c=32, d=64), policy=policy, num_pages=40
@@ -186,5 +144,5 @@ def test_tool_compares_them(tmp_path):
     for rows in report["compared"].values():
         assert len(rows) == 8
         assert all(0 <= row["hit_rate"] <= 1 for row in rows.values())
-    vtc = report["isolation"]["Vtc"]
+    vtc = report["isolation"]["vtc"]
     assert vtc["with"]["hog_p99_s"] > 0 and vtc["without"]["others_p99_s"] > 0

@@ -9,16 +9,13 @@ on the engine as it is, with this folder on PYTHONPATH:
 
 import collections
 import math
-from collections.abc import Iterable
 
 import numpy as np
 
 from jchameleon.config import is_number
 from jchameleon.errors import ConfigError
-from jchameleon.runtime.policy.admission import AdmissionView
 from jchameleon.runtime.policy.candidates import Candidates
 from jchameleon.runtime.policy.eviction import ChameleonScore
-from jchameleon.runtime.policy.request import Request
 
 
 class PerByte:
@@ -220,85 +217,6 @@ class Epochs:
         self._epoch_uses = longer if same else self._first_uses
         self._left = self._epoch_uses
         self._uses.clear()
-
-
-class Vtc:
-    """Admit for the adapter that has been served least: virtual token counters.
-
-    Sheng et al., "Fairness in serving large language models" (OSDI '24, arXiv
-    2401.00588): one counter for each client, here each adapter, weighted tokens of what
-    it was given. The smallest is served next; one that comes back from idleness starts
-    at the least counter of those that wait. A prompt is charged when its request starts,
-    output as it comes, but for a last token. Stops at the first that does not fit.
-
-    Raises:
-      ConfigError: a weight is no finite number above 0.
-    """
-
-    def __init__(self, *, prompt_weight: float = 1.0, output_weight: float = 2.0) -> None:
-        _check_positive("prompt_weight", prompt_weight)
-        _check_positive("output_weight", output_weight)
-        self._prompt_weight = prompt_weight
-        self._output_weight = output_weight
-        self._counters: dict[str | None, float] = {}
-        self._lines: dict[str | None, collections.OrderedDict[str, Request]] = {}
-        self._charged: dict[str, int] = {}  # output tokens, of who ran
-
-    def admit(self, view: AdmissionView) -> None:
-        """Admit from the line of the least counter until one does not fit."""
-        self._take_in(view)
-        while self._lines:
-            # Urgent ones first, whoever sent them.
-            uid, request = min(
-                ((uid, _first(line.values())) for uid, line in self._lines.items()),
-                key=lambda one: (one[1].priority, self._counters[one[0]]),
-            )
-            if not view.try_admit(request):
-                return
-            self._leave(request)
-            self._counters[uid] += self._prompt_weight * request.prompt_tokens
-
-    def forget(self, uid: str) -> None:
-        """Forget the counter of an adapter that was unregistered."""
-        if uid not in self._lines:
-            self._counters.pop(uid, None)
-
-    def _take_in(self, view: AdmissionView) -> None:
-        for request in view.ended:
-            self._charged.pop(request.request_id, None)
-            self._leave(request)
-        for request in view.requeued:
-            self._join(request, first=True)
-        for request in view.running:
-            produced = view.produced_tokens(request)
-            more = produced - self._charged.get(request.request_id, 0)
-            self._charged[request.request_id] = produced
-            if request.adapter_uid in self._counters:
-                self._counters[request.adapter_uid] += self._output_weight * more
-        for request in view.arrived:
-            self._join(request, first=False)
-
-    def _join(self, request: Request, *, first: bool) -> None:
-        uid = request.adapter_uid
-        if uid not in self._lines:
-            waiting = [self._counters[other] for other in self._lines]
-            least = min(waiting, default=0.0)
-            self._counters[uid] = max(self._counters.get(uid, 0.0), least)
-            self._lines[uid] = collections.OrderedDict()
-        line = self._lines[uid]
-        line[request.request_id] = request
-        if first:
-            line.move_to_end(request.request_id, last=False)
-
-    def _leave(self, request: Request) -> None:
-        line = self._lines.get(request.adapter_uid)
-        if line is not None and line.pop(request.request_id, None) and not line:
-            del self._lines[request.adapter_uid]
-
-
-def _first(requests: Iterable[Request]) -> Request:
-    """Return the oldest of the most urgent requests of a line."""
-    return min(requests, key=lambda request: request.priority)
 
 
 def _check_positive(name: str, value: float) -> None:

@@ -59,7 +59,8 @@ def work_of(plan: Plan, rows: Mapping[str, Row]) -> StepWork:
     for chunk in plan.prefill:
         rank, length = rows[chunk.request_id].rank, chunk.length
         work.prefill_tokens += length
-        work.prefill_tile_tokens += -(-length // PREFILL_TILE_TOKENS) * PREFILL_TILE_TOKENS
+        tiles = -(-length // PREFILL_TILE_TOKENS)
+        work.prefill_tile_tokens += tiles * PREFILL_TILE_TOKENS
         work.prefill_pairs += length * chunk.start + length * (length + 1) // 2
         if rank:
             work.prefill_lora_tokens += length

@@ -1,5 +1,6 @@
 """A cost model from an engine's own plan logs."""
 
+import collections
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -28,6 +29,10 @@ LEAST_SAMPLES = 50
 MOST_RATIO = 5.0
 """A step that takes longer than so many times what is expected was held up by something
 else, a compile or another process, and counts as if it had taken so long."""
+
+LEAST_RUNS = 5
+"""Of a program of one size, or its steps are left out: one that ran once, while
+something else held it up, would be taken to be so slow."""
 
 _ROUNDS = 8
 
@@ -177,12 +182,12 @@ def fit_cost(samples: Iterable[StepSample]) -> Fit:
     Raises:
       ConfigError: there are too few samples, or none with prompts or decode rows.
     """
-    kept = [one for one in samples if one.period_s > 0]
+    kept = _of_known_programs([one for one in samples if one.period_s > 0])
     if len(kept) < LEAST_SAMPLES:
         raise ConfigError(
             f"{len(kept)} steps are too few to fit, at least {LEAST_SAMPLES} are needed"
         )
-    # Programs that never ran have no column: a larger one is taken in their place.
+    # Programs without samples have no column: a larger one is taken in their place.
     sizes = [sorted({one.programs[kind] for one in kept} - {0}) for kind in (0, 1)]
     for kind, name in enumerate(("prompts", "decode rows")):
         if not sizes[kind]:
@@ -190,7 +195,8 @@ def fit_cost(samples: Iterable[StepSample]) -> Fit:
     rows = np.array(
         [
             (
-                *[one.programs[kind] == size for kind in (0, 1) for size in sizes[kind]],
+                *[one.programs[0] == size for size in sizes[0]],
+                *[one.programs[1] == size for size in sizes[1]],
                 *[value for _, value in _work_terms(one.work)],
                 *one.load_pages,
             )
@@ -222,6 +228,18 @@ def fit_cost(samples: Iterable[StepSample]) -> Fit:
         p90_error=float(np.percentile(errors, 90)),
         samples=len(kept),
     )
+
+
+def _of_known_programs(samples: list[StepSample]) -> list[StepSample]:
+    """Return samples without those whose programs hardly ever ran."""
+    runs = [
+        collections.Counter(one.programs[kind] for one in samples) for kind in (0, 1)
+    ]
+    return [
+        one
+        for one in samples
+        if all(runs[kind][one.programs[kind]] >= LEAST_RUNS for kind in (0, 1))
+    ]
 
 
 def _work_terms(work: StepWork) -> list[tuple[str, float]]:

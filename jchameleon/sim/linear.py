@@ -71,8 +71,8 @@ class LinearCost:
 
     def scaled(self, factor: float) -> "LinearCost":
         """Return the cost of an engine that takes `factor` times as long."""
-        values = {name: factor * value for name, value in dataclasses.asdict(self).items()}
-        return LinearCost(**values)
+        values = dataclasses.asdict(self).items()
+        return LinearCost(**{name: factor * value for name, value in values})
 
 
 def features(work: StepWork) -> tuple[float, ...]:

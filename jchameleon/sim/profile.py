@@ -265,7 +265,7 @@ def _cost(
 
 
 def _program_cost(values: dict[str, Any]) -> ProgramCost:
-    programs = {}
+    programs: dict[str, Any] = {}
     for name in ("prefill_programs_s", "decode_programs_s"):
         table = _table(values, name, "cost.")
         values.pop(name, None)

@@ -15,14 +15,17 @@ class ProgramCost:
     """A step pays for its programs as they are compiled, and for the work in them.
 
     A program takes as long for one row as for all that it has room for, but for what
-    depends on adapters, contexts and single tokens; five rows in a program of 16 cost
-    more than a line through one and 16 rows says, and 16 cost less.
+    depends on adapters, contexts and single tokens. A line fitted to such steps gives
+    five rows in a program of 16 too little, and all 16 too much.
 
     Attributes:
       work: what the work itself adds; its `prefill_s` and `decode_s` are paid as well.
       prefill_programs_s, decode_programs_s: seconds by size, in padded tokens and in
         rows. A step takes the smallest that holds it; more work than the largest holds
         costs in proportion to it.
+
+    Raises:
+      ConfigError: there are no sizes, or a size or a time is out of its range.
     """
 
     work: LinearCost
@@ -50,8 +53,10 @@ class ProgramCost:
     def step_s(self, work: StepWork) -> float:
         """Return the duration of one iteration, in seconds."""
         total_s = self.work.step_s(work)
-        if work.prefill_tile_tokens:
-            total_s += _program_s(self.prefill_programs_s, work.prefill_tile_tokens)
+        if work.prefill_tokens:
+            # Whoever says nothing of tiles has a prompt that fills them.
+            tokens = max(work.prefill_tokens, work.prefill_tile_tokens)
+            total_s += _program_s(self.prefill_programs_s, tokens)
         if work.decode_rows:
             total_s += _program_s(self.decode_programs_s, work.decode_rows)
         return total_s

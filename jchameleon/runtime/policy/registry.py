@@ -31,6 +31,7 @@ _SHIPPED: dict[str, dict[str, str]] = {
         "chameleon": "chameleon:Chameleon",
         "sjf": "sjf:ShortestJobFirst",
         "s-lora": "slora:SLora",
+        "vtc": "vtc:Vtc",
     },
     "eviction": {
         "lru": "eviction:Lru",

@@ -1,0 +1,139 @@
+"""Turns by adapter: whoever has been served least goes first."""
+
+import heapq
+import math
+from collections import OrderedDict
+
+from jchameleon.config import is_number
+from jchameleon.errors import ConfigError
+from jchameleon.runtime.policy.admission import AdmissionView
+from jchameleon.runtime.policy.request import Request
+
+_Key = tuple[int, str | None]
+"""Of a line: priority and adapter."""
+
+
+class Vtc:
+    """Admit for the adapter that has been served least: virtual token counters.
+
+    Sheng et al., "Fairness in serving large language models" (OSDI '24, arXiv
+    2401.00588). Each client, here each adapter and the base model, has a counter of the
+    tokens that it was given, weighted; the least is served next, its requests in order
+    of arrival. Who joins without any request in line starts no lower than the least of
+    those that wait, or than who left the line last, so that nobody saves up. A prompt
+    is charged when its request first starts and output as it comes, but for the last
+    token; who was sent back to wait comes first in its line and pays no prompt again
+    (ours). If the first does not fit, all wait. Lower priorities come first, whatever
+    the counters (ours).
+
+    An adapter that asks for too much then delays itself: of those who always have
+    requests in line none gets more than another by over twice what a batch holds. An
+    iteration takes time for the adapters in line and for who runs.
+
+    Options:
+      prompt_weight, output_weight: of a token; the paper's are 1 and 2.
+
+    Raises:
+      ConfigError: a weight is no finite number above 0.
+    """
+
+    def __init__(
+        self, *, prompt_weight: float = 1.0, output_weight: float = 2.0
+    ) -> None:
+        for name, weight in (
+            ("prompt_weight", prompt_weight),
+            ("output_weight", output_weight),
+        ):
+            if not (is_number(weight) and 0 < weight < math.inf):
+                raise ConfigError(f"{name}={weight!r} must be a finite number above 0")
+        self._prompt_weight = prompt_weight
+        self._output_weight = output_weight
+        self._counters: dict[str | None, float] = {}
+        self._lines: dict[_Key, OrderedDict[str, Request]] = {}
+        self._in_line: dict[str | None, int] = {}  # requests, of who has any
+        self._left_last = 0.0  # the counter of whoever had the last one in line
+        self._charged: dict[str, int] = {}  # output tokens, of all that are there
+        self._unpaid: set[str] = set()  # whose prompt was not charged yet
+
+    def admit(self, view: AdmissionView) -> None:
+        """Admit from the line of the least counter until one does not fit."""
+        self._take_in(view)
+        if not self._lines or view.num_running >= view.capacity.max_running:
+            return
+        counters = self._counters
+        # Lines are in the order in which they began; that breaks ties.
+        heap = [
+            (key[0], counters[key[1]], place, key)
+            for place, key in enumerate(self._lines)
+        ]
+        heapq.heapify(heap)
+        while heap:
+            priority, counter, place, key = heap[0]
+            if counter != counters[key[1]]:  # served in a line of another priority
+                heapq.heapreplace(heap, (priority, counters[key[1]], place, key))
+                continue
+            request = next(iter(self._lines[key].values()))
+            if not view.try_admit(request):
+                return
+            if request.request_id in self._unpaid:
+                self._unpaid.remove(request.request_id)
+                counters[key[1]] += self._prompt_weight * request.prompt_tokens
+            self._leave(request)
+            if key in self._lines:
+                heapq.heapreplace(heap, (priority, counters[key[1]], place, key))
+            else:
+                heapq.heappop(heap)
+
+    def forget(self, uid: str) -> None:
+        """Forget what an adapter that was unregistered had been given."""
+        self._counters.pop(uid, None)
+
+    def _take_in(self, view: AdmissionView) -> None:
+        # Arrivals last: an id that ended may come again.
+        for request in view.ended:
+            self._charged.pop(request.request_id, None)
+            self._unpaid.discard(request.request_id)
+            self._leave(request)
+        for request in view.running:
+            self._charge(request, view.produced_tokens(request))
+        # Nobody who joins lowers it.
+        waiting = [self._counters[uid] for uid in self._in_line]
+        least = min(waiting, default=self._left_last)
+        for request in view.requeued:
+            if request.request_id in self._charged:  # else it has left meanwhile
+                self._join(request, least, first=True)
+        for request in view.arrived:
+            self._charged[request.request_id] = 0
+            self._unpaid.add(request.request_id)
+            self._join(request, least, first=False)
+
+    def _charge(self, request: Request, produced_tokens: int) -> None:
+        more = produced_tokens - self._charged[request.request_id]
+        if more:
+            self._charged[request.request_id] = produced_tokens
+            self._counters[request.adapter_uid] += self._output_weight * more
+
+    def _join(self, request: Request, least: float, *, first: bool) -> None:
+        uid = request.adapter_uid
+        if uid not in self._in_line:
+            self._counters[uid] = max(self._counters.get(uid, 0.0), least)
+            self._in_line[uid] = 0
+        self._in_line[uid] += 1
+        line = self._lines.setdefault((request.priority, uid), OrderedDict())
+        line[request.request_id] = request
+        if first:
+            line.move_to_end(request.request_id, last=False)
+
+    def _leave(self, request: Request) -> None:
+        """Take a request out of its line, if it is in one."""
+        uid = request.adapter_uid
+        key = (request.priority, uid)
+        line = self._lines.get(key)
+        if line is None or line.pop(request.request_id, None) is None:
+            return
+        if not line:
+            del self._lines[key]
+        self._in_line[uid] -= 1
+        if not self._in_line[uid]:
+            del self._in_line[uid]
+            self._left_last = self._counters[uid]
