@@ -151,6 +151,8 @@ def save_and_interrupt(*args):
 
 if __name__ == "__main__":
     paper_cells.Store.save = save_and_interrupt
+    # A shell that runs tests in the background has them ignore it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(reproduce_paper.main(sys.argv[1:]))
 """
 

@@ -139,7 +139,8 @@ def test_everyone_ends_under_each_of_them(name):
 
 def test_tool_compares_them(tmp_path):
     """With so few requests the figures say nothing; that they are there."""
-    text, report = run_bench("exp_tried", "--quick", folder=tmp_path)
+    arguments = ["--quick", "--base", "chameleon"]
+    text, report = run_bench("exp_tried", *arguments, folder=tmp_path)
     assert "instead of the eviction of `chameleon`" in text
     for rows in report["compared"].values():
         assert len(rows) == 8
