@@ -22,14 +22,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from jchameleon.resources import configs_dir
-from jchameleon.runtime.policy.build import build_planner
 from jchameleon.runtime.policy.events import Arrival, StepDone
 from jchameleon.runtime.policy.plan import Plan
 from jchameleon.sim import Load, load_profile, parse_rates, simulate
 from jchameleon.sim.profile import Profile
-from jchameleon.sim.run import settle
-from jchameleon.sim.simulator import Simulator
+from jchameleon.sim.run import requests, run_once, settle
+from jchameleon.sim.samples import percentile
 from jchameleon.sim.sweep import mean_and_half, scan
 from jchameleon.workload.arrivals import Trace, read_trace
 from jchameleon.workload.generator import Drawn
@@ -195,38 +196,20 @@ def isolation(job: tuple[Settings, Any, int, bool]) -> dict[str, float]:
     settings, policy, seed, hogged = job
     load = settings.load(policy, seed, rate_rps=6.0)
     profile, engine = settle(settings.profile(), load)
-    adapters = profile.sim_adapters()
-    hog = adapters[0]
-    drawn = list(profile.workload.draw(profile.adapters.names(), load.trace))
-    requests = with_hog(drawn, hog.uid, hog.rank) if hogged else drawn
+    hog = profile.sim_adapters()[0]
+    drawn = list(requests(profile, load.trace))
+    if hogged:
+        drawn = with_hog(drawn, hog.uid, hog.rank)
     # Loads before the first request move its clock by less than a second.
     seen = FirstTokens(profile.skip_s)
-    simulator = Simulator(
-        build_planner(engine, profile.num_pages),
-        profile.cost,
-        profile.link,
-        adapters,
-        page_bytes=profile.page_bytes,
-        observe=seen,
-    )
-    if profile.warm_cache:
-        simulator.warm_up(profile.num_pages - profile.largest_request_pages)
-    simulator.run(requests, max_tokens=profile.max_tokens)
-    own = sorted(seen.ttft_s.pop(hog.uid, []))
-    others = sorted(value for values in seen.ttft_s.values() for value in values)
+    run_once(profile, engine, load, seen, drawn=drawn)
+    own_s = np.array(seen.ttft_s.pop(hog.uid, []))
+    others_s = np.array([value for values in seen.ttft_s.values() for value in values])
     return {
-        "others_p50_s": at(others, 50),
-        "others_p99_s": at(others, 99),
-        "hog_p50_s": at(own, 50),
-        "hog_p99_s": at(own, 99),
+        f"{who}_p{percent}_s": percentile(values, percent) or math.nan
+        for who, values in (("others", others_s), ("hog", own_s))
+        for percent in (50, 99)
     }
-
-
-def at(values: list[float], percent: float) -> float:
-    """Return a percentile of sorted values; NaN of none."""
-    if not values:
-        return math.nan
-    return values[min(len(values) - 1, int(len(values) * percent / 100))]
 
 
 ADMISSIONS: dict[str, Any] = {

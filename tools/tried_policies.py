@@ -8,7 +8,6 @@ on the engine as it is, with this folder on PYTHONPATH:
 """
 
 import collections
-import math
 
 import numpy as np
 
@@ -220,5 +219,5 @@ class Epochs:
 
 
 def _check_positive(name: str, value: float) -> None:
-    if not (is_number(value) and 0 < value < math.inf):
+    if not (is_number(value) and value > 0):
         raise ConfigError(f"{name}={value!r} must be a finite number above 0")

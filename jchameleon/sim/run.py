@@ -1,7 +1,7 @@
 """One run: a profile, a policy, a load and a seed make a report."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from jchameleon.config import EngineConfig
@@ -57,12 +57,14 @@ def run_once(
     *,
     planner: Planner | None = None,
     cost: CostModel | None = None,
+    drawn: Iterable[Drawn] | None = None,
 ) -> SimResult:
     """Run what `settle` returned.
 
     Args:
       planner: a new one to run, in place of one that is built here.
       cost: in place of the profile's.
+      drawn: requests by arrival, in place of those of the workload.
     """
     simulator = Simulator(
         planner or build_planner(engine, profile.num_pages),
@@ -75,7 +77,7 @@ def run_once(
     if profile.warm_cache:
         simulator.warm_up(profile.num_pages - profile.largest_request_pages)
     return simulator.run(
-        requests(profile, load.trace),
+        requests(profile, load.trace) if drawn is None else drawn,
         max_tokens=profile.max_tokens,
         skip_s=profile.skip_s,
     )

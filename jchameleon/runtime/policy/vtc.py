@@ -1,7 +1,6 @@
 """Turns by adapter: whoever has been served least goes first."""
 
 import heapq
-import math
 from collections import OrderedDict
 
 from jchameleon.config import is_number
@@ -44,7 +43,7 @@ class Vtc:
             ("prompt_weight", prompt_weight),
             ("output_weight", output_weight),
         ):
-            if not (is_number(weight) and 0 < weight < math.inf):
+            if not (is_number(weight) and weight > 0):
                 raise ConfigError(f"{name}={weight!r} must be a finite number above 0")
         self._prompt_weight = prompt_weight
         self._output_weight = output_weight
