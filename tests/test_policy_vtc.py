@@ -59,7 +59,7 @@ def test_line_that_ran_empty_does_not_put_the_next_one_ahead():
     driver, policy = driver_of()
     arrive(driver, "a", 0, 4)
     run(driver, 4)
-    assert not policy._in_line
+    assert not policy._turns._in_line
     arrive(driver, "b", 0, 3)
     arrive(driver, "a", 4, 3)
     order = run(driver, 10)
@@ -72,8 +72,8 @@ def test_prompts_and_outputs_are_charged_with_their_weights():
     run(driver, 1)
     driver.tick()
     # 20 prompt tokens; the last of four output tokens is not seen any more.
-    assert policy._counters == {"a": 0.5 * 20 + 3.0 * 3}
-    assert not policy._charged and not policy._lines
+    assert policy._turns._counters == {"a": 0.5 * 20 + 3.0 * 3}
+    assert not policy._turns._charged and not policy._turns.lines
 
 
 def test_lower_priorities_come_first_whatever_the_counters():
@@ -97,7 +97,7 @@ def test_who_leaves_the_line_is_gone_and_its_id_may_come_again():
     del driver.outcome["b0"], driver.requests["b0"]
     arrive(driver, "b", 0, 1)
     assert run(driver, 3) == ["b1", "b0"]
-    assert not policy._lines and not policy._in_line
+    assert not policy._turns.lines and not policy._turns._in_line
 
 
 def test_counter_of_an_unregistered_adapter_is_forgotten():
@@ -107,7 +107,7 @@ def test_counter_of_an_unregistered_adapter_is_forgotten():
     driver.unregister("a")
     for _ in range(3):
         driver.tick()
-    assert policy._counters == {}
+    assert policy._turns._counters == {}
 
 
 class View:
@@ -148,17 +148,18 @@ def test_who_is_sent_back_comes_first_in_its_line_and_pays_its_prompt_once():
     assert view.step(policy, arrived=[*a[2:], b]) == []
     view.produced = {"a0": 3, "a1": 3}
     assert view.step(policy) == []
-    assert policy._counters == {"a": 52.0, "b": 40.0}
+    assert policy._turns._counters == {"a": 52.0, "b": 40.0}
     # The youngest is named first, as by the planner; b0 was charged nothing so far.
     assert view.step(policy, requeued=[a[1], a[0]]) == ["b0", "a0"]
-    assert policy._counters == {"a": 52.0, "b": 540.0}
+    assert policy._turns._counters == {"a": 52.0, "b": 540.0}
     assert view.step(policy, ended=[b]) == ["a1"]
     assert view.step(policy, ended=[a[0]]) == ["a2"]
-    assert policy._counters["a"] == 72.0
+    assert policy._turns._counters["a"] == 72.0
     # Sent back and gone since: it is in no line any more.
     assert view.step(policy, ended=[a[1]], requeued=[a[1]]) == ["a3"]
     view.step(policy, ended=[a[2], a[3]])
-    assert not policy._lines and not policy._charged and not policy._unpaid
+    assert not policy._turns.lines
+    assert not policy._turns._charged and not policy._turns._unpaid
 
 
 @given(
@@ -180,14 +181,15 @@ def test_adapters_that_always_wait_are_served_much_the_same(sizes, rows):
             prompts[request.request_id] = prompt
             driver.arrive(request, length=output)
     bound = 2 * rows * max(prompt + 2.0 * output for prompt, output in sizes)
-    while len(driver.outcome) < 60 and (len(driver.outcome) < 1 or policy._in_line):
+    turns = policy._turns
+    while len(driver.outcome) < 60 and (len(driver.outcome) < 1 or turns._in_line):
         plan = driver.tick()
         for name in plan.admitted:
             served[name[0]] += prompts[name]
         # Whoever decodes produces a token in this step.
         for name in plan.decode:
             served[name[0]] += 2.0
-        if len(policy._in_line) < 3:
+        if len(policy._turns._in_line) < 3:
             break
         assert max(served.values()) - min(served.values()) <= bound
     assert len(driver.outcome) >= 10

@@ -15,6 +15,7 @@ from jchameleon.runtime.policy.invariants import check_planner
 
 sys.path.insert(0, str(ROOT / "tools"))
 import tried_policies as tried  # noqa: E402, a script's neighbour
+from exp_tried import FirstTokens  # noqa: E402
 
 EVICTIONS = ("PerByte", "Elora", "TailSafe", "Ghosts", "Epochs")
 NOW_S = 100.0
@@ -137,13 +138,55 @@ def test_everyone_ends_under_each_of_them(name):
     check_planner(planner)
 
 
+def test_turns_in_lanes_keep_who_asks_for_little_before_who_asks_for_much():
+    """Same lanes, same requests: only the order within a lane differs."""
+
+    def first_tokens(name):
+        seen = FirstTokens()
+        options = {"min_samples": 10_000}  # one lane
+        simulator, planner = simulator_of(
+            adapters_of(a=8, b=8),
+            policy={"preset": "chameleon", "admission": {"name": name, **options}},
+            num_pages=40,
+            observe=seen,
+        )
+        requests = [drawn(0.001 * i, "a", 20, 20) for i in range(200)]
+        requests += [drawn(1.0 + 0.5 * i, "b", 20, 20) for i in range(5)]
+        result = simulator.run(requests, max_tokens=20)
+        assert (result.finished, result.failed) == (205, 0)
+        check_planner(planner)
+        return {uid: max(values) for uid, values in seen.ttft_s.items()}
+
+    turns = first_tokens("tried_policies:TurnLanes")
+    lanes = first_tokens("chameleon")
+    assert turns["b"] < 0.2 * lanes["b"]
+    assert turns["a"] == pytest.approx(lanes["a"], rel=0.2)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_turns_in_lanes_leave_nobody_behind(seed):
+    policy = {"preset": "chameleon", "admission": {"name": "tried_policies:TurnLanes"}}
+    simulator, planner = simulator_of(
+        adapters_of(a=8, b=16, c=32, d=64), policy=policy, num_pages=40
+    )
+    rng = random.Random(seed)
+    at_s, requests = 0.0, []
+    for _ in range(300):
+        at_s += rng.expovariate(8.0)
+        uid = rng.choice("aaabcd")
+        requests.append(drawn(at_s, uid, rng.randint(1, 60), rng.randint(1, 20)))
+    result = simulator.run(requests, max_tokens=20)
+    assert (result.finished, result.failed) == (300, 0)
+    check_planner(planner)
+
+
 def test_tool_compares_them(tmp_path):
     """With so few requests the figures say nothing; that they are there."""
     arguments = ["--quick", "--base", "chameleon"]
     text, report = run_bench("exp_tried", *arguments, folder=tmp_path)
-    assert "instead of the eviction of `chameleon`" in text
+    assert "instead of a part of `chameleon`" in text
     for rows in report["compared"].values():
-        assert len(rows) == 8
+        assert len(rows) == 9
         assert all(0 <= row["hit_rate"] <= 1 for row in rows.values())
     vtc = report["isolation"]["vtc"]
     assert vtc["with"]["hog_p99_s"] > 0 and vtc["without"]["others_p99_s"] > 0

@@ -53,6 +53,12 @@ def eviction(base: str, name: str, **options: float) -> dict[str, Any]:
     }
 
 
+TURNS = {
+    "preset": "chameleon",
+    "source": "chameleon, turns in lanes",
+    "admission": {"name": "tried_policies:TurnLanes"},
+}
+
 BASES: dict[str, tuple[str, list[dict[str, Any]]]] = {
     base: (
         rates,
@@ -64,9 +70,13 @@ BASES: dict[str, tuple[str, list[dict[str, Any]]]] = {
             eviction(base, "TailSafe", budget_s=0.02),
             eviction(base, "Ghosts"),
             eviction(base, "Epochs"),
+            *others,
         ],
     )
-    for base, rates in (("chameleon", "7.5:13:0.25"), ("adaptive", "8.5:13:0.25"))
+    for base, rates, others in (
+        ("chameleon", "7.5:13:0.25", [TURNS]),
+        ("adaptive", "8.5:13:0.25", []),
+    )
 }
 
 
@@ -215,6 +225,7 @@ def isolation(job: tuple[Settings, Any, int, bool]) -> dict[str, float]:
 ADMISSIONS: dict[str, Any] = {
     "fifo, as in `chameleon-nosched`": "chameleon-nosched",
     "chameleon": "chameleon",
+    "chameleon, turns in lanes": TURNS,
     "adaptive": "adaptive",
     "vtc": "vtc",
 }
@@ -272,7 +283,7 @@ def print_report(report: Mapping[str, Any]) -> None:
     rate = f"{report['rate_rps']:g} requests/s"
     for base, rows in report["compared"].items():
         print(
-            f"\n| instead of the eviction of `{base}` | load at the SLO / its | wins, "
+            f"\n| instead of a part of `{base}` | load at the SLO / its | wins, "
             f"losses, of | hits, {rate} | evictions | TTFT P50, ms | P99 |"
             "\n|---|---|---|---|---|---|---|"
         )

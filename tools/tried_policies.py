@@ -8,13 +8,18 @@ on the engine as it is, with this folder on PYTHONPATH:
 """
 
 import collections
+from typing import Any
 
 import numpy as np
 
 from jchameleon.config import is_number
 from jchameleon.errors import ConfigError
+from jchameleon.runtime.policy.admission import AdmissionView
 from jchameleon.runtime.policy.candidates import Candidates
+from jchameleon.runtime.policy.chameleon import Chameleon
 from jchameleon.runtime.policy.eviction import ChameleonScore
+from jchameleon.runtime.policy.lanes import Entry, Lane
+from jchameleon.runtime.policy.vtc import Turns
 
 
 class PerByte:
@@ -221,3 +226,53 @@ class Epochs:
 def _check_positive(name: str, value: float) -> None:
     if not (is_number(value) and value > 0):
         raise ConfigError(f"{name}={value!r} must be a finite number above 0")
+
+
+class TurnLanes(Chameleon):
+    """Chameleon's lanes, and within each turns by adapter as in `Vtc`.
+
+    Lanes, quotas, borrowing and who was overtaken too often are Chameleon's. Of those
+    that wait in a lane, the first is whose adapter was given least, not who came first;
+    nobody passes it, for its turn comes from what it was given and not from its place.
+    Looks at all that wait in a lane for each that starts: for comparison, not for use.
+
+    Raises:
+      ConfigError: as `Chameleon`.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._turns = Turns(prompt_weight=1.0, output_weight=2.0)
+
+    def admit(self, view: AdmissionView) -> None:
+        """Take in what happened, then as `Chameleon`."""
+        self._turns.take_in(view)
+        super().admit(view)
+
+    def forget(self, uid: str) -> None:
+        """Forget what an adapter that was unregistered had been given."""
+        self._turns.forget(uid)
+
+    def _admit_from(
+        self, view: AdmissionView, lane: Lane, borrow: bool, stuck: list[Lane]
+    ) -> bool:
+        entry = min([lane.head(), *lane.behind_head(len(lane))], key=self._place)
+        self._predict(view, entry)
+        if entry.cost_tokens > self._tokens(lane, borrow):
+            return False
+        if not self._start(view, entry):
+            stuck.append(lane)
+            return False
+        return True
+
+    def _place(self, entry: Entry) -> tuple[int, float, int]:
+        request = entry.request
+        return request.priority, self._turns.given(request.adapter_uid), entry.seq
+
+    def _start(
+        self, view: AdmissionView, entry: Entry, passed: Entry | None = None
+    ) -> bool:
+        if not super()._start(view, entry, passed):
+            return False
+        self._turns.started(entry.request)
+        return True

@@ -12,6 +12,92 @@ _Key = tuple[int, str | None]
 """Of a line: priority and adapter."""
 
 
+class Turns:
+    """What each adapter was given, and its requests in line; see `Vtc`.
+
+    Attributes:
+      lines: by priority and adapter, in the order in which they began.
+    """
+
+    def __init__(self, *, prompt_weight: float, output_weight: float) -> None:
+        self._prompt_weight = prompt_weight
+        self._output_weight = output_weight
+        self.lines: dict[_Key, OrderedDict[str, Request]] = {}
+        self._counters: dict[str | None, float] = {}
+        self._in_line: dict[str | None, int] = {}  # requests, of who has any
+        self._left_last = 0.0  # the counter of whoever had the last one in line
+        self._charged: dict[str, int] = {}  # output tokens, of all that are there
+        self._unpaid: set[str] = set()  # whose prompt was not charged yet
+
+    def given(self, uid: str | None) -> float:
+        """Return the counter of an adapter that has or had requests in line."""
+        return self._counters[uid]
+
+    def started(self, request: Request) -> None:
+        """Take out of its line who was admitted, and charge its prompt once."""
+        if request.request_id in self._unpaid:
+            self._unpaid.remove(request.request_id)
+            self._counters[request.adapter_uid] += (
+                self._prompt_weight * request.prompt_tokens
+            )
+        self._leave(request)
+
+    def forget(self, uid: str) -> None:
+        """Forget what an adapter that was unregistered had been given."""
+        self._counters.pop(uid, None)
+
+    def take_in(self, view: AdmissionView) -> None:
+        """Take in who ended, came back or arrived, and charge output."""
+        # Arrivals last: an id that ended may come again.
+        for request in view.ended:
+            self._charged.pop(request.request_id, None)
+            self._unpaid.discard(request.request_id)
+            self._leave(request)
+        for request in view.running:
+            self._charge(request, view.produced_tokens(request))
+        # Nobody who joins lowers it.
+        waiting = [self._counters[uid] for uid in self._in_line]
+        least = min(waiting, default=self._left_last)
+        for request in view.requeued:
+            if request.request_id in self._charged:  # else it has left meanwhile
+                self._join(request, least, first=True)
+        for request in view.arrived:
+            self._charged[request.request_id] = 0
+            self._unpaid.add(request.request_id)
+            self._join(request, least, first=False)
+
+    def _charge(self, request: Request, produced_tokens: int) -> None:
+        more = produced_tokens - self._charged[request.request_id]
+        if more:
+            self._charged[request.request_id] = produced_tokens
+            self._counters[request.adapter_uid] += self._output_weight * more
+
+    def _join(self, request: Request, least: float, *, first: bool) -> None:
+        uid = request.adapter_uid
+        if uid not in self._in_line:
+            self._counters[uid] = max(self._counters.get(uid, 0.0), least)
+            self._in_line[uid] = 0
+        self._in_line[uid] += 1
+        line = self.lines.setdefault((request.priority, uid), OrderedDict())
+        line[request.request_id] = request
+        if first:
+            line.move_to_end(request.request_id, last=False)
+
+    def _leave(self, request: Request) -> None:
+        """Take a request out of its line, if it is in one."""
+        uid = request.adapter_uid
+        key = (request.priority, uid)
+        line = self.lines.get(key)
+        if line is None or line.pop(request.request_id, None) is None:
+            return
+        if not line:
+            del self.lines[key]
+        self._in_line[uid] -= 1
+        if not self._in_line[uid]:
+            del self._in_line[uid]
+            self._left_last = self._counters[uid]
+
+
 class Vtc:
     """Admit for the adapter that has been served least: virtual token counters.
 
@@ -45,94 +131,35 @@ class Vtc:
         ):
             if not (is_number(weight) and weight > 0):
                 raise ConfigError(f"{name}={weight!r} must be a finite number above 0")
-        self._prompt_weight = prompt_weight
-        self._output_weight = output_weight
-        self._counters: dict[str | None, float] = {}
-        self._lines: dict[_Key, OrderedDict[str, Request]] = {}
-        self._in_line: dict[str | None, int] = {}  # requests, of who has any
-        self._left_last = 0.0  # the counter of whoever had the last one in line
-        self._charged: dict[str, int] = {}  # output tokens, of all that are there
-        self._unpaid: set[str] = set()  # whose prompt was not charged yet
+        self._turns = Turns(prompt_weight=prompt_weight, output_weight=output_weight)
 
     def admit(self, view: AdmissionView) -> None:
         """Admit from the line of the least counter until one does not fit."""
-        self._take_in(view)
-        if not self._lines or view.num_running >= view.capacity.max_running:
+        turns = self._turns
+        turns.take_in(view)
+        if not turns.lines or view.num_running >= view.capacity.max_running:
             return
-        counters = self._counters
         # Lines are in the order in which they began; that breaks ties.
         heap = [
-            (key[0], counters[key[1]], place, key)
-            for place, key in enumerate(self._lines)
+            (key[0], turns.given(key[1]), place, key)
+            for place, key in enumerate(turns.lines)
         ]
         heapq.heapify(heap)
         while heap:
             priority, counter, place, key = heap[0]
-            if counter != counters[key[1]]:  # served in a line of another priority
-                heapq.heapreplace(heap, (priority, counters[key[1]], place, key))
+            given = turns.given(key[1])
+            if counter != given:  # served in a line of another priority
+                heapq.heapreplace(heap, (priority, given, place, key))
                 continue
-            request = next(iter(self._lines[key].values()))
+            request = next(iter(turns.lines[key].values()))
             if not view.try_admit(request):
                 return
-            if request.request_id in self._unpaid:
-                self._unpaid.remove(request.request_id)
-                counters[key[1]] += self._prompt_weight * request.prompt_tokens
-            self._leave(request)
-            if key in self._lines:
-                heapq.heapreplace(heap, (priority, counters[key[1]], place, key))
+            turns.started(request)
+            if key in turns.lines:
+                heapq.heapreplace(heap, (priority, turns.given(key[1]), place, key))
             else:
                 heapq.heappop(heap)
 
     def forget(self, uid: str) -> None:
         """Forget what an adapter that was unregistered had been given."""
-        self._counters.pop(uid, None)
-
-    def _take_in(self, view: AdmissionView) -> None:
-        # Arrivals last: an id that ended may come again.
-        for request in view.ended:
-            self._charged.pop(request.request_id, None)
-            self._unpaid.discard(request.request_id)
-            self._leave(request)
-        for request in view.running:
-            self._charge(request, view.produced_tokens(request))
-        # Nobody who joins lowers it.
-        waiting = [self._counters[uid] for uid in self._in_line]
-        least = min(waiting, default=self._left_last)
-        for request in view.requeued:
-            if request.request_id in self._charged:  # else it has left meanwhile
-                self._join(request, least, first=True)
-        for request in view.arrived:
-            self._charged[request.request_id] = 0
-            self._unpaid.add(request.request_id)
-            self._join(request, least, first=False)
-
-    def _charge(self, request: Request, produced_tokens: int) -> None:
-        more = produced_tokens - self._charged[request.request_id]
-        if more:
-            self._charged[request.request_id] = produced_tokens
-            self._counters[request.adapter_uid] += self._output_weight * more
-
-    def _join(self, request: Request, least: float, *, first: bool) -> None:
-        uid = request.adapter_uid
-        if uid not in self._in_line:
-            self._counters[uid] = max(self._counters.get(uid, 0.0), least)
-            self._in_line[uid] = 0
-        self._in_line[uid] += 1
-        line = self._lines.setdefault((request.priority, uid), OrderedDict())
-        line[request.request_id] = request
-        if first:
-            line.move_to_end(request.request_id, last=False)
-
-    def _leave(self, request: Request) -> None:
-        """Take a request out of its line, if it is in one."""
-        uid = request.adapter_uid
-        key = (request.priority, uid)
-        line = self._lines.get(key)
-        if line is None or line.pop(request.request_id, None) is None:
-            return
-        if not line:
-            del self._lines[key]
-        self._in_line[uid] -= 1
-        if not self._in_line[uid]:
-            del self._in_line[uid]
-            self._left_last = self._counters[uid]
+        self._turns.forget(uid)
