@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 import grpc
+import uvloop
 
 from jchameleon import LLM, SamplingParams
 from jchameleon.serving.process import SWITCH_INTERVAL_S
@@ -32,8 +33,11 @@ def main() -> None:
     role, config = sys.argv[1], json.loads(sys.argv[2])
     if role == "engine":
         run_engine(config)
+    elif role == "server":
+        uvloop.run(run_server(config))  # as `jchameleon serve`
     else:
-        asyncio.run({"server": run_server, "echo": run_echo}[role](config))
+        run = {"asyncio": asyncio.run, "uvloop": uvloop.run}[config["echo_loop"]]
+        run(run_echo(config))
 
 
 def settle() -> None:

@@ -162,13 +162,17 @@ def measure_streams(settings: Any) -> list[dict[str, Any]]:
     engine = {
         "max_running": max(settings.streams),
         "max_model_len": settings.stream_tokens + 64,
-        "max_batch_tokens": 256,
         "pool_bytes": 256 << 20,
     }
     rng = np.random.default_rng(settings.seed)
     samples: dict[int, dict[str, list]] = {}
     roles = ("server", "engine", "echo")
-    config = {"model": "tiny", "adapters": {}, "engine": engine}
+    config = {
+        "model": "tiny",
+        "adapters": {},
+        "engine": engine,
+        "echo_loop": settings.echo_loop,
+    }
     with processes(roles, config) as found:
         served: dict[int, dict[str, Any]] = {}
         for repeat in range(settings.repeats + 1):

@@ -12,6 +12,7 @@ from collections.abc import Coroutine, Iterator
 from typing import Any, NoReturn
 
 import prometheus_client as prom
+import uvloop
 
 from jchameleon.serving.engine_metrics import EngineCollector, MetricsEndpoint
 from jchameleon.serving.logs import LineWriter, log_event, start_logs
@@ -53,7 +54,7 @@ def run_server(config: ServerConfig) -> NoReturn:
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     logs = start_logs(config.server.log_format, sys.stderr)
     try:
-        asyncio.run(_Process(config, logs).run())
+        uvloop.run(_Process(config, logs).run())
     finally:
         logs.close()
 
