@@ -14,10 +14,13 @@ PYTHON312 ?= python3.12
 PYTEST_ARGS ?=
 PAPER_ARGS ?=
 # No weights, no torch: what policies, adapter files and sampling do, and the compiled
-# loops, which speak with another XLA there.
+# loops, which speak with another XLA there. Long random runs of policies are left out:
+# they are plain Python.
+LONG_RUNS := tests/test_policy_runs.py tests/test_policy_%_runs.py \
+	tests/test_policy_log.py tests/test_policy_unregister.py
 SMOKE_TESTS := tests/test_imports.py tests/test_config.py tests/test_output.py \
-	tests/test_sampling_params.py tests/test_lora_*.py tests/test_policy_*.py \
-	tests/test_operations.py tests/test_multi_lora.py
+	tests/test_sampling_params.py tests/test_operations.py tests/test_multi_lora.py \
+	$(filter-out $(LONG_RUNS),$(wildcard tests/test_lora_*.py tests/test_policy_*.py))
 # Twice quiet: warnings about the index are not ours to fix; errors still show. Byte code
 # for every file of jax and torch takes long; what runs is compiled when imported.
 PIP_FLAGS := -qq --disable-pip-version-check --no-input --no-compile
@@ -56,16 +59,13 @@ help:
 	$(call make_venv,$(PYTHON312),.venv-py312,.[test])
 
 # XLA's and NVIDIA's compilers without the libraries that only a GPU can run: of the
-# plugin's own version of jax, and without what it would bring along.
-.venv-gpu-aot/.ready: pyproject.toml
-	@echo "setting up .venv-gpu-aot with $$($(PYTHON) --version) ..."
-	@rm -rf .venv-gpu-aot
-	@$(PYTHON) -m venv .venv-gpu-aot
-	@.venv-gpu-aot/bin/python -m pip install $(PIP_FLAGS) --editable . \
-		'hypothesis>=6.100' 'pytest>=8.3,<10' 'pytest-timeout>=2.3'
-	@version=$$(.venv-gpu-aot/bin/python -c 'import jaxlib; print(jaxlib.__version__)') \
-		&& .venv-gpu-aot/bin/python -m pip install $(PIP_FLAGS) --no-deps \
-		jax-cuda12-plugin==$$version jax-cuda12-pjrt==$$version nvidia-cuda-nvcc-cu12
+# plugin's own version of jax, in a folder that only its own tests look into.
+.gpu-aot/.ready: .venv-test/.ready
+	@rm -rf .gpu-aot
+	@version=$$(.venv-test/bin/python -c 'import jaxlib; print(jaxlib.__version__)') \
+		&& .venv-test/bin/python -m pip install $(PIP_FLAGS) --no-deps \
+		--target .gpu-aot jax-cuda12-plugin==$$version jax-cuda12-pjrt==$$version \
+		nvidia-cuda-nvcc-cu12
 	@touch $@
 
 demo: .venv-demo/.ready
@@ -92,13 +92,14 @@ smoke-py312: .venv-py312/.ready
 	@.venv-py312/bin/jchameleon generate --model tiny --prompt "Hello" --max-tokens 8
 	@.venv-py312/bin/python -m pytest --quiet $(PYTEST_ARGS) $(SMOKE_TESTS)
 
-test-gpu-aot: .venv-gpu-aot/.ready
-	@.venv-gpu-aot/bin/python -m pytest $(PYTEST_ARGS) tests/test_gpu_aot.py
+test-gpu-aot: .gpu-aot/.ready
+	@PYTHONPATH=.gpu-aot .venv-test/bin/python -m pytest $(PYTEST_ARGS) \
+		tests/test_gpu_aot.py
 
-test-gpu-aot-full: .venv-gpu-aot/.ready
+test-gpu-aot-full: .gpu-aot/.ready
 	@for target in a40 a100 h100; do for model in llama-7b llama-3-8b smollm2-135m; do \
-		.venv-gpu-aot/bin/python -m pytest $(PYTEST_ARGS) tests/test_gpu_aot.py \
-			--timeout 900 --gpu-target $$target --gpu-model $$model \
+		PYTHONPATH=.gpu-aot .venv-test/bin/python -m pytest $(PYTEST_ARGS) \
+			tests/test_gpu_aot.py --timeout 900 --gpu-target $$target --gpu-model $$model \
 			--gpu-step 16,512 --gpu-step 64,2048; done; done
 
 bench-planner: .venv-test/.ready
@@ -130,6 +131,6 @@ paper: .venv-test/.ready
 		$(if $(TRACE),--trace $(TRACE)) --out build/paper
 
 clean:
-	rm -rf .venv-demo .venv-test .venv-py312 .venv-gpu-aot build dist
+	rm -rf .venv-demo .venv-test .venv-py312 .gpu-aot build dist
 	rm -rf .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
