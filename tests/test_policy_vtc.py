@@ -162,6 +162,115 @@ def test_who_is_sent_back_comes_first_in_its_line_and_pays_its_prompt_once():
     assert not policy._turns._charged and not policy._turns._unpaid
 
 
+class Plain:
+    """The same rule without heaps: looks at everybody who waits, every time."""
+
+    def __init__(self):
+        self.counters, self.charged, self.unpaid = {}, {}, set()
+        self.waiting, self.began, self.left_last = [], {}, 0.0
+
+    def admit(self, view):
+        for request in view.ended:
+            self.charged.pop(request.request_id, None)
+            self.leave(request)
+        for request in view.running:
+            produced = view.produced_tokens(request)
+            more = produced - self.charged[request.request_id]
+            self.charged[request.request_id] = produced
+            self.counters[request.adapter_uid] += 2.0 * more
+        who = {request.adapter_uid for request in self.waiting}
+        least = min((self.counters[uid] for uid in who), default=self.left_last)
+        for request in view.requeued:
+            if request.request_id in self.charged:
+                self.join(request, least)
+                self.waiting.insert(0, self.waiting.pop())
+        for request in view.arrived:
+            self.charged[request.request_id] = 0
+            self.unpaid.add(request.request_id)
+            self.join(request, least)
+        while self.waiting:
+            request = min(
+                self.waiting,
+                key=lambda r: (
+                    r.priority,
+                    self.counters[r.adapter_uid],
+                    self.began[r.priority, r.adapter_uid],
+                ),
+            )
+            if not view.try_admit(request):
+                return
+            if request.request_id in self.unpaid:
+                self.unpaid.remove(request.request_id)
+                self.counters[request.adapter_uid] += request.prompt_tokens
+            self.leave(request)
+
+    def join(self, request, least):
+        uid = request.adapter_uid
+        if all(one.adapter_uid != uid for one in self.waiting):
+            self.counters[uid] = max(self.counters.get(uid, 0.0), least)
+        key = request.priority, uid
+        if all((one.priority, one.adapter_uid) != key for one in self.waiting):
+            self.began[key] = max(self.began.values(), default=0) + 1
+        self.waiting.append(request)
+
+    def leave(self, request):
+        if request in self.waiting:
+            self.waiting.remove(request)
+            uid = request.adapter_uid
+            if all(one.adapter_uid != uid for one in self.waiting):
+                self.left_last = self.counters[uid]
+
+
+@given(rng=st.randoms(use_true_random=False), adapters=st.integers(1, 40))
+@settings(max_examples=40, deadline=None)
+def test_heaps_choose_as_a_look_at_everybody_does(rng, adapters):
+    policies = Vtc(), Plain()
+    views = View(), View()
+    waiting = []
+    for tick in range(150):
+        arrived = [
+            dataclasses.replace(
+                request_of(
+                    f"r{tick}-{i}",
+                    rng.randint(1, 30),
+                    9,
+                    adapter_uid=rng.choice([None, *map(str, range(adapters))]),
+                ),
+                priority=rng.choice([0, 0, 0, 1]),
+            )
+            for i in range(rng.choice([0, 0, 1, 3]))
+        ]
+        running = list(views[0].running)
+        ended = [one for one in running if rng.random() < 0.3]
+        requeued = [one for one in running if rng.random() < 0.1 and one not in ended]
+        ended += [one for one in waiting if rng.random() < 0.05]
+        waiting = [one for one in waiting if one not in ended] + arrived + requeued
+        for one in running:
+            for view in views:
+                view.produced[one.request_id] = tick
+        started = [
+            view.step(policy, arrived=arrived, ended=ended, requeued=requeued)
+            for policy, view in zip(policies, views, strict=True)
+        ]
+        assert started[0] == started[1]
+        waiting = [one for one in waiting if one.request_id not in started[0]]
+        turns = policies[0]._turns
+        assert sum(map(len, turns.lines.values())) == len(waiting)
+
+
+def test_lines_that_come_and_go_while_nobody_starts_leave_nothing_behind():
+    policy, view = Vtc(), View()
+    view.step(policy, arrived=[request_of(f"r{i}", adapter_uid="a") for i in range(3)])
+    for index in range(500):
+        one = request_of(f"b{index}", adapter_uid=f"b{index}")
+        assert view.step(policy, arrived=[one]) == []
+        assert view.step(policy, ended=[one]) == []
+    turns = policy._turns
+    assert len(turns.lines) == len(turns._places) == len(turns._in_line) == 1
+    assert len(turns._next) <= 2 * 2 + 64
+    assert len(turns._least) <= 2 * 2 + 64
+
+
 @given(
     sizes=st.lists(
         st.tuples(st.integers(1, 60), st.integers(1, 20)), min_size=3, max_size=3

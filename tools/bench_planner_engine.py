@@ -56,6 +56,7 @@ class Settings:
         "chameleon-nosched",
         "s-lora",
         "sjf",
+        "vtc",
         "fifo-lru",
         "histogram",
     )

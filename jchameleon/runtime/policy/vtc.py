@@ -1,6 +1,7 @@
 """Turns by adapter: whoever has been served least goes first."""
 
 import heapq
+import itertools
 from collections import OrderedDict
 
 from jchameleon.config import is_number
@@ -15,8 +16,11 @@ _Key = tuple[int, str | None]
 class Turns:
     """What each adapter was given, and its requests in line; see `Vtc`.
 
+    Counters only rise while somebody waits, so that two heaps know the least without a
+    look at every line: an entry that lags behind its counter is moved when it comes up.
+
     Attributes:
-      lines: by priority and adapter, in the order in which they began.
+      lines: by priority and adapter.
     """
 
     def __init__(self, *, prompt_weight: float, output_weight: float) -> None:
@@ -28,10 +32,28 @@ class Turns:
         self._left_last = 0.0  # the counter of whoever had the last one in line
         self._charged: dict[str, int] = {}  # output tokens, of all that are there
         self._unpaid: set[str] = set()  # whose prompt was not charged yet
+        self._began = itertools.count()
+        self._places: dict[_Key, int] = {}  # of lines, in the order they began
+        # (priority, counter, place, key) of lines, and (counter, place, adapter).
+        self._next: list[tuple[int, float, int, _Key]] = []
+        self._least: list[tuple[float, int, str | None]] = []
 
     def given(self, uid: str | None) -> float:
         """Return the counter of an adapter that has or had requests in line."""
         return self._counters[uid]
+
+    def first(self) -> Request | None:
+        """Return whose turn it is: lowest priority, least counter, oldest line."""
+        heap = self._next
+        while heap:
+            priority, counter, place, key = heap[0]
+            if self._places.get(key) != place:
+                heapq.heappop(heap)  # that line is gone
+            elif counter != (given := self._counters[key[1]]):
+                heapq.heapreplace(heap, (priority, given, place, key))
+            else:
+                return next(iter(self.lines[key].values()))
+        return None
 
     def started(self, request: Request) -> None:
         """Take out of its line who was admitted, and charge its prompt once."""
@@ -55,9 +77,9 @@ class Turns:
             self._leave(request)
         for request in view.running:
             self._charge(request, view.produced_tokens(request))
-        # Nobody who joins lowers it.
-        waiting = [self._counters[uid] for uid in self._in_line]
-        least = min(waiting, default=self._left_last)
+        if not (view.requeued or view.arrived):
+            return
+        least = self._least_given()  # nobody who joins lowers it
         for request in view.requeued:
             if request.request_id in self._charged:  # else it has left meanwhile
                 self._join(request, least, first=True)
@@ -72,13 +94,34 @@ class Turns:
             self._charged[request.request_id] = produced_tokens
             self._counters[request.adapter_uid] += self._output_weight * more
 
+    def _least_given(self) -> float:
+        """Return the least counter in line, or of who left it last."""
+        heap = self._least
+        while heap:
+            counter, place, uid = heap[0]
+            if uid not in self._in_line:
+                heapq.heappop(heap)
+            elif counter != (given := self._counters[uid]):
+                heapq.heapreplace(heap, (given, place, uid))
+            else:
+                return counter
+        return self._left_last
+
     def _join(self, request: Request, least: float, *, first: bool) -> None:
         uid = request.adapter_uid
+        key = (request.priority, uid)
         if uid not in self._in_line:
             self._counters[uid] = max(self._counters.get(uid, 0.0), least)
             self._in_line[uid] = 0
+            heapq.heappush(self._least, (self._counters[uid], next(self._began), uid))
         self._in_line[uid] += 1
-        line = self.lines.setdefault((request.priority, uid), OrderedDict())
+        line = self.lines.get(key)
+        if line is None:
+            line = self.lines[key] = OrderedDict()
+            place = self._places[key] = next(self._began)
+            counter = self._counters[uid]
+            heapq.heappush(self._next, (request.priority, counter, place, key))
+            self._sweep()
         line[request.request_id] = request
         if first:
             line.move_to_end(request.request_id, last=False)
@@ -91,11 +134,24 @@ class Turns:
         if line is None or line.pop(request.request_id, None) is None:
             return
         if not line:
-            del self.lines[key]
+            del self.lines[key], self._places[key]
         self._in_line[uid] -= 1
         if not self._in_line[uid]:
             del self._in_line[uid]
             self._left_last = self._counters[uid]
+
+    def _sweep(self) -> None:
+        """Drop entries of what is gone before they are more than what is there."""
+        if len(self._next) > 2 * len(self.lines) + 64:
+            live = [one for one in self._next if self._places.get(one[3]) == one[2]]
+            heapq.heapify(live)
+            self._next = live
+        if len(self._least) > 2 * len(self._in_line) + 64:
+            self._least = [
+                (self._counters[uid], place, uid)
+                for place, uid in enumerate(self._in_line)
+            ]
+            heapq.heapify(self._least)
 
 
 class Vtc:
@@ -113,7 +169,7 @@ class Vtc:
 
     An adapter that asks for too much then delays itself: of those who always have
     requests in line none gets more than another by over twice what a batch holds. An
-    iteration takes time for the adapters in line and for who runs.
+    iteration takes time for who runs, arrives or starts, whatever waits.
 
     Options:
       prompt_weight, output_weight: of a token; the paper's are 1 and 2.
@@ -137,28 +193,10 @@ class Vtc:
         """Admit from the line of the least counter until one does not fit."""
         turns = self._turns
         turns.take_in(view)
-        if not turns.lines or view.num_running >= view.capacity.max_running:
+        if view.num_running >= view.capacity.max_running:
             return
-        # Lines are in the order in which they began; that breaks ties.
-        heap = [
-            (key[0], turns.given(key[1]), place, key)
-            for place, key in enumerate(turns.lines)
-        ]
-        heapq.heapify(heap)
-        while heap:
-            priority, counter, place, key = heap[0]
-            given = turns.given(key[1])
-            if counter != given:  # served in a line of another priority
-                heapq.heapreplace(heap, (priority, given, place, key))
-                continue
-            request = next(iter(turns.lines[key].values()))
-            if not view.try_admit(request):
-                return
+        while (request := turns.first()) is not None and view.try_admit(request):
             turns.started(request)
-            if key in turns.lines:
-                heapq.heapreplace(heap, (priority, turns.given(key[1]), place, key))
-            else:
-                heapq.heappop(heap)
 
     def forget(self, uid: str) -> None:
         """Forget what an adapter that was unregistered had been given."""
