@@ -1,5 +1,5 @@
-# Every target makes what it needs: a virtual environment of its own, rebuilt when
-# pyproject.toml changes. Set PYTHON to use another interpreter.
+# Every target makes what it needs: a virtual environment, rebuilt when pyproject.toml
+# changes. Set PYTHON to use another interpreter.
 .DEFAULT_GOAL := help
 .PHONY: help demo serve-demo test lint format smoke-py312 test-gpu-aot test-gpu-aot-full \
 	bench-planner bench-peers batch-soak experiments paper clean
@@ -14,10 +14,8 @@ PYTHON312 ?= python3.12
 PYTEST_ARGS ?=
 PAPER_ARGS ?=
 # No weights, no torch: what policies, adapter files and sampling do, and the compiled
-# loops, which speak with another XLA there. Long random runs of policies are left out:
-# they are plain Python.
-LONG_RUNS := tests/test_policy_runs.py tests/test_policy_%_runs.py \
-	tests/test_policy_log.py tests/test_policy_unregister.py
+# loops, which speak with another XLA there. Long random runs of policies are left out.
+LONG_RUNS := tests/test_policy_runs.py tests/test_policy_%_runs.py
 SMOKE_TESTS := tests/test_imports.py tests/test_config.py tests/test_output.py \
 	tests/test_sampling_params.py tests/test_operations.py tests/test_multi_lora.py \
 	$(filter-out $(LONG_RUNS),$(wildcard tests/test_lora_*.py tests/test_policy_*.py))

@@ -9,6 +9,7 @@ from typing import Any
 
 import grpc
 import pytest
+import uvloop
 from google.rpc import error_details_pb2, status_pb2
 
 from jchameleon.serving.observer import RequestObserver
@@ -35,7 +36,7 @@ class RunningServer:
         loads: bool = True,
         observer: RequestObserver | None = None,
     ) -> None:
-        self.loop = asyncio.new_event_loop()
+        self.loop = uvloop.new_event_loop()
         self._thread = threading.Thread(target=self.loop.run_forever, daemon=True)
         self._thread.start()
         self.server = self.on_loop(self._make(config, observer))

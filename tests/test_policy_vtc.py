@@ -2,6 +2,7 @@
 
 import dataclasses
 import types
+from unittest import mock
 
 import pytest
 from hypothesis import given, settings
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 from planner_driver import CONFIG, Driver, planner_of, request_of
 
 from jchameleon.errors import ConfigError
+from jchameleon.runtime.policy import vtc
 from jchameleon.runtime.policy.vtc import Vtc
 
 ONE_ROW = dataclasses.replace(CONFIG, max_running=1)
@@ -73,7 +75,7 @@ def test_prompts_and_outputs_are_charged_with_their_weights():
     driver.tick()
     # 20 prompt tokens; the last of four output tokens is not seen any more.
     assert policy._turns._counters == {"a": 0.5 * 20 + 3.0 * 3}
-    assert not policy._turns._charged and not policy._turns.lines
+    assert not policy._turns._charged and not policy._turns._lines
 
 
 def test_lower_priorities_come_first_whatever_the_counters():
@@ -97,7 +99,7 @@ def test_who_leaves_the_line_is_gone_and_its_id_may_come_again():
     del driver.outcome["b0"], driver.requests["b0"]
     arrive(driver, "b", 0, 1)
     assert run(driver, 3) == ["b1", "b0"]
-    assert not policy._turns.lines and not policy._turns._in_line
+    assert not policy._turns._lines and not policy._turns._in_line
 
 
 def test_counter_of_an_unregistered_adapter_is_forgotten():
@@ -158,7 +160,7 @@ def test_who_is_sent_back_comes_first_in_its_line_and_pays_its_prompt_once():
     # Sent back and gone since: it is in no line any more.
     assert view.step(policy, ended=[a[1]], requeued=[a[1]]) == ["a3"]
     view.step(policy, ended=[a[2], a[3]])
-    assert not policy._turns.lines
+    assert not policy._turns._lines
     assert not policy._turns._charged and not policy._turns._unpaid
 
 
@@ -221,9 +223,16 @@ class Plain:
                 self.left_last = self.counters[uid]
 
 
+@pytest.mark.parametrize("slack", [vtc._SLACK, -1])
 @given(rng=st.randoms(use_true_random=False), adapters=st.integers(1, 40))
-@settings(max_examples=40, deadline=None)
-def test_heaps_choose_as_a_look_at_everybody_does(rng, adapters):
+@settings(max_examples=25, deadline=None)
+def test_heaps_choose_as_a_look_at_everybody_does(slack, rng, adapters):
+    with mock.patch.object(vtc, "_SLACK", slack):  # -1 sweeps all the time
+        compare(rng, adapters)
+
+
+def compare(rng, adapters):
+    """Play the same events to both, ids that come again and adapters that go too."""
     policies = Vtc(), Plain()
     views = View(), View()
     waiting = []
@@ -231,7 +240,7 @@ def test_heaps_choose_as_a_look_at_everybody_does(rng, adapters):
         arrived = [
             dataclasses.replace(
                 request_of(
-                    f"r{tick}-{i}",
+                    f"r{3 * (tick % 20) + i}",
                     rng.randint(1, 30),
                     9,
                     adapter_uid=rng.choice([None, *map(str, range(adapters))]),
@@ -240,22 +249,29 @@ def test_heaps_choose_as_a_look_at_everybody_does(rng, adapters):
             )
             for i in range(rng.choice([0, 0, 1, 3]))
         ]
+        taken = {one.request_id for one in [*waiting, *views[0].running]}
+        arrived = [one for one in arrived if one.request_id not in taken]
         running = list(views[0].running)
         ended = [one for one in running if rng.random() < 0.3]
         requeued = [one for one in running if rng.random() < 0.1 and one not in ended]
         ended += [one for one in waiting if rng.random() < 0.05]
         waiting = [one for one in waiting if one not in ended] + arrived + requeued
-        for one in running:
-            for view in views:
-                view.produced[one.request_id] = tick
+        for view in views:
+            view.produced |= {one.request_id: tick for one in running}
+            view.produced |= {one.request_id: 0 for one in arrived}
         started = [
             view.step(policy, arrived=arrived, ended=ended, requeued=requeued)
             for policy, view in zip(policies, views, strict=True)
         ]
         assert started[0] == started[1]
         waiting = [one for one in waiting if one.request_id not in started[0]]
+        open_uids = {one.adapter_uid for one in [*waiting, *views[0].running]}
+        gone = str(rng.randrange(adapters))
+        if gone not in open_uids:
+            policies[0].forget(gone)
+            policies[1].counters.pop(gone, None)
         turns = policies[0]._turns
-        assert sum(map(len, turns.lines.values())) == len(waiting)
+        assert sum(map(len, turns._lines.values())) == len(waiting)
 
 
 def test_lines_that_come_and_go_while_nobody_starts_leave_nothing_behind():
@@ -266,9 +282,9 @@ def test_lines_that_come_and_go_while_nobody_starts_leave_nothing_behind():
         assert view.step(policy, arrived=[one]) == []
         assert view.step(policy, ended=[one]) == []
     turns = policy._turns
-    assert len(turns.lines) == len(turns._places) == len(turns._in_line) == 1
-    assert len(turns._next) <= 2 * 2 + 64
-    assert len(turns._least) <= 2 * 2 + 64
+    assert len(turns._lines) == len(turns._places) == len(turns._in_line) == 1
+    assert len(turns._next) <= 2 * 2 + vtc._SLACK
+    assert len(turns._least) <= 2 * 2 + vtc._SLACK
 
 
 @given(

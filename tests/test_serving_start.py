@@ -1,6 +1,5 @@
 """Starts of the serving process that must fail, and files it must survive."""
 
-import contextlib
 import json
 import shutil
 import signal
@@ -12,7 +11,6 @@ from serve_process import fails_to_serve, serving
 from server_harness import greedy
 
 from jchameleon.cli import main
-from jchameleon.models.embedded import home_dir
 from jchameleon.serving.proto.jchameleon.v1 import inference_pb2 as pb
 
 
@@ -113,9 +111,6 @@ def test_hostile_template_and_damaged_cache_do_no_harm(tmp_path, copy):
     few_programs = {"max_running": 1, "max_batch_tokens": 33, "max_model_len": 64}
     table = {"model": str(copy), "engine": few_programs}
     home = tmp_path / "home"
-    # What other tests have compiled, if any: only what is damaged is compiled here.
-    with contextlib.suppress(OSError):
-        shutil.copytree(home_dir() / "numba", home / "numba")
     answers = []
     for _ in range(2):
         with serving(tmp_path, table, JCHAMELEON_HOME=str(home)) as server:

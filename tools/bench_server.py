@@ -41,7 +41,8 @@ from jchameleon.models.loader import load_model_config
 from jchameleon.serving.proto.jchameleon.v1 import inference_pb2 as pb
 
 BAR_MESSAGE = 1.5
-"""The server's CPU per message may be so many times the bare one's."""
+"""The server's CPU per message may be so many times that of the bare one, which runs on
+asyncio's own loop."""
 BAR_TTFT = 1.5
 """What the server adds to the engine's time to first token may be so many times that of
 the bare server."""
@@ -57,8 +58,6 @@ class Settings:
       streams: how many at once, in turn.
       stream_tokens: output of each.
       repeats: timed rounds; one more warms up.
-      echo_loop: event loop of the bare server; one that knows nothing of loops has
-        asyncio's own.
       model: of the throughput part.
       ranks: of its adapters, in turn.
       max_running, max_model_len: of its engines.
@@ -67,7 +66,6 @@ class Settings:
     streams: tuple[int, ...] = (32, 64)
     stream_tokens: int = 256
     repeats: int = 15
-    echo_loop: str = "asyncio"
     model: str = "smollm2-135m"
     num_adapters: int = 16
     ranks: tuple[int, ...] = (8, 16, 32, 64)
@@ -193,7 +191,7 @@ def run_bench(settings: Settings, *, quick: bool) -> dict[str, Any]:
         "calibration": calibration,
         "versions": {
             "jchameleon": __version__,
-            **versions(("numpy", "jax", "grpcio", "protobuf")),
+            **versions(("numpy", "jax", "grpcio", "protobuf", "uvloop")),
         },
         "streams": streams,
         "throughput": rate,
@@ -237,8 +235,7 @@ def print_report(report: Mapping[str, Any]) -> None:
         )
 
     for row in report["streams"]:
-        loop = settings["echo_loop"]
-        print(f"\n{row['streams']} streams of the tiny model; the bare server: {loop}")
+        print(f"\n{row['streams']} streams of the tiny model")
         for label, key, digits in (
             ("messages/s, server", "messages_per_s", 0),
             ("messages/s, bare", "echo_messages_per_s", 0),
@@ -273,15 +270,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the report")
     parser.add_argument("--quick", action="store_true", help="everything, in seconds")
     parser.add_argument("--repeats", type=int, help="timed rounds of the streams")
-    parser.add_argument(
-        "--echo-loop",
-        choices=("asyncio", "uvloop"),
-        default="asyncio",
-        help="event loop of the bare server (asyncio)",
-    )
     args = parser.parse_args()
     values = dict(QUICK) if args.quick else {}
-    values["echo_loop"] = args.echo_loop
     if args.repeats is not None:
         if args.repeats < 1:
             parser.error(f"--repeats={args.repeats} must be at least 1")

@@ -36,8 +36,7 @@ def main() -> None:
     elif role == "server":
         uvloop.run(run_server(config))  # as `jchameleon serve`
     else:
-        run = {"asyncio": asyncio.run, "uvloop": uvloop.run}[config["echo_loop"]]
-        run(run_echo(config))
+        asyncio.run(run_echo(config))
 
 
 def settle() -> None:

@@ -167,12 +167,7 @@ def measure_streams(settings: Any) -> list[dict[str, Any]]:
     rng = np.random.default_rng(settings.seed)
     samples: dict[int, dict[str, list]] = {}
     roles = ("server", "engine", "echo")
-    config = {
-        "model": "tiny",
-        "adapters": {},
-        "engine": engine,
-        "echo_loop": settings.echo_loop,
-    }
+    config = {"model": "tiny", "adapters": {}, "engine": engine}
     with processes(roles, config) as found:
         served: dict[int, dict[str, Any]] = {}
         for repeat in range(settings.repeats + 1):

@@ -233,8 +233,8 @@ class TurnLanes(Chameleon):
 
     Lanes, quotas, borrowing and who was overtaken too often are Chameleon's. Of those
     that wait in a lane, the first is whose adapter was given least, not who came first;
-    nobody passes it, for its turn comes from what it was given and not from its place.
-    Looks at all that wait in a lane for each that starts: for comparison, not for use.
+    nobody passes it, whatever `bypass` says. Looks at all that wait in a lane for each
+    that starts: for comparison, not for use.
 
     Raises:
       ConfigError: as `Chameleon`.

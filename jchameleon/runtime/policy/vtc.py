@@ -12,21 +12,21 @@ from jchameleon.runtime.policy.request import Request
 _Key = tuple[int, str | None]
 """Of a line: priority and adapter."""
 
+_SLACK = 64
+"""Entries of lines that are gone which are not worth a look at all."""
+
 
 class Turns:
     """What each adapter was given, and its requests in line; see `Vtc`.
 
-    Counters only rise while somebody waits, so that two heaps know the least without a
-    look at every line: an entry that lags behind its counter is moved when it comes up.
-
-    Attributes:
-      lines: by priority and adapter.
+    The counter of who is in line never falls, so that two heaps know the least without
+    a look at every line: an entry that lags behind is moved when it comes up.
     """
 
     def __init__(self, *, prompt_weight: float, output_weight: float) -> None:
         self._prompt_weight = prompt_weight
         self._output_weight = output_weight
-        self.lines: dict[_Key, OrderedDict[str, Request]] = {}
+        self._lines: dict[_Key, OrderedDict[str, Request]] = {}
         self._counters: dict[str | None, float] = {}
         self._in_line: dict[str | None, int] = {}  # requests, of who has any
         self._left_last = 0.0  # the counter of whoever had the last one in line
@@ -52,7 +52,7 @@ class Turns:
             elif counter != (given := self._counters[key[1]]):
                 heapq.heapreplace(heap, (priority, given, place, key))
             else:
-                return next(iter(self.lines[key].values()))
+                return next(iter(self._lines[key].values()))
         return None
 
     def started(self, request: Request) -> None:
@@ -115,9 +115,9 @@ class Turns:
             self._in_line[uid] = 0
             heapq.heappush(self._least, (self._counters[uid], next(self._began), uid))
         self._in_line[uid] += 1
-        line = self.lines.get(key)
+        line = self._lines.get(key)
         if line is None:
-            line = self.lines[key] = OrderedDict()
+            line = self._lines[key] = OrderedDict()
             place = self._places[key] = next(self._began)
             counter = self._counters[uid]
             heapq.heappush(self._next, (request.priority, counter, place, key))
@@ -130,11 +130,11 @@ class Turns:
         """Take a request out of its line, if it is in one."""
         uid = request.adapter_uid
         key = (request.priority, uid)
-        line = self.lines.get(key)
+        line = self._lines.get(key)
         if line is None or line.pop(request.request_id, None) is None:
             return
         if not line:
-            del self.lines[key], self._places[key]
+            del self._lines[key], self._places[key]
         self._in_line[uid] -= 1
         if not self._in_line[uid]:
             del self._in_line[uid]
@@ -142,11 +142,11 @@ class Turns:
 
     def _sweep(self) -> None:
         """Drop entries of what is gone before they are more than what is there."""
-        if len(self._next) > 2 * len(self.lines) + 64:
+        if len(self._next) > 2 * len(self._lines) + _SLACK:
             live = [one for one in self._next if self._places.get(one[3]) == one[2]]
             heapq.heapify(live)
             self._next = live
-        if len(self._least) > 2 * len(self._in_line) + 64:
+        if len(self._least) > 2 * len(self._in_line) + _SLACK:
             self._least = [
                 (self._counters[uid], place, uid)
                 for place, uid in enumerate(self._in_line)
@@ -169,7 +169,7 @@ class Vtc:
 
     An adapter that asks for too much then delays itself: of those who always have
     requests in line none gets more than another by over twice what a batch holds. An
-    iteration takes time for who runs, arrives or starts, whatever waits.
+    iteration takes time for who runs, comes and goes, times the logarithm of the lines.
 
     Options:
       prompt_weight, output_weight: of a token; the paper's are 1 and 2.
