@@ -4,7 +4,7 @@ Each stands in for one part of a preset, everything else as it is: on seeds that
 was chosen on, the load at the SLO, and hits and times at one rate. A policy is better
 where its load is 3 % higher on at least 8 of 10 seeds.
 
-    python tools/exp_tried.py --trace conv.csv --json out.json    # 12 minutes
+    python tools/exp_tried.py --trace conv.csv --json out.json    # a quarter of an hour
     python tools/exp_tried.py --quick                             # one seed, seconds
 
 The isolation of adapters from one that asks for far too much is measured apart: the
