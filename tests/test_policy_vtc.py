@@ -314,7 +314,7 @@ def test_adapters_that_always_wait_are_served_much_the_same(sizes, rows):
         # Whoever decodes produces a token in this step.
         for name in plan.decode:
             served[name[0]] += 2.0
-        if len(policy._turns._in_line) < 3:
+        if len(turns._in_line) < 3:
             break
         assert max(served.values()) - min(served.values()) <= bound
     assert len(driver.outcome) >= 10

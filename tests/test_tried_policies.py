@@ -15,7 +15,7 @@ from jchameleon.runtime.policy.invariants import check_planner
 
 sys.path.insert(0, str(ROOT / "tools"))
 import tried_policies as tried  # noqa: E402, a script's neighbour
-from exp_tried import FirstTokens  # noqa: E402
+from exp_tried import TURNS, FirstTokens  # noqa: E402
 
 EVICTIONS = ("PerByte", "Elora", "TailSafe", "Ghosts", "Epochs")
 NOW_S = 100.0
@@ -117,16 +117,26 @@ def test_options_out_of_range_are_errors(policy, options, message):
         policy(**options)
 
 
-@pytest.mark.parametrize("name", EVICTIONS)
-def test_everyone_ends_under_each_of_them(name):
-    policy = {
-        "preset": "chameleon-nosched",
-        "eviction": {"name": f"tried_policies:{name}"},
-    }
+@pytest.mark.parametrize(
+    "policy",
+    [
+        *(
+            {
+                "preset": "chameleon-nosched",
+                "eviction": {"name": f"tried_policies:{name}"},
+            }
+            for name in EVICTIONS
+        ),
+        TURNS,
+    ],
+    ids=[*EVICTIONS, "TurnLanes"],
+)
+@pytest.mark.parametrize("seed", [5, 6])
+def test_everyone_ends_under_each_of_them(policy, seed):
     simulator, planner = simulator_of(
         adapters_of(a=8, b=16, c=32, d=64), policy=policy, num_pages=40
     )
-    rng = random.Random(5)
+    rng = random.Random(seed)
     at_s, requests = 0.0, []
     for _ in range(300):
         at_s += rng.expovariate(8.0)
@@ -161,23 +171,6 @@ def test_turns_in_lanes_keep_who_asks_for_little_before_who_asks_for_much():
     lanes = first_tokens("chameleon")
     assert turns["b"] < 0.2 * lanes["b"]
     assert turns["a"] == pytest.approx(lanes["a"], rel=0.2)
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_turns_in_lanes_leave_nobody_behind(seed):
-    policy = {"preset": "chameleon", "admission": {"name": "tried_policies:TurnLanes"}}
-    simulator, planner = simulator_of(
-        adapters_of(a=8, b=16, c=32, d=64), policy=policy, num_pages=40
-    )
-    rng = random.Random(seed)
-    at_s, requests = 0.0, []
-    for _ in range(300):
-        at_s += rng.expovariate(8.0)
-        uid = rng.choice("aaabcd")
-        requests.append(drawn(at_s, uid, rng.randint(1, 60), rng.randint(1, 20)))
-    result = simulator.run(requests, max_tokens=20)
-    assert (result.finished, result.failed) == (300, 0)
-    check_planner(planner)
 
 
 def test_tool_compares_them(tmp_path):

@@ -223,11 +223,6 @@ class Epochs:
         self._uses.clear()
 
 
-def _check_positive(name: str, value: float) -> None:
-    if not (is_number(value) and value > 0):
-        raise ConfigError(f"{name}={value!r} must be a finite number above 0")
-
-
 class TurnLanes(Chameleon):
     """Chameleon's lanes, and within each turns by adapter as in `Vtc`.
 
@@ -276,3 +271,8 @@ class TurnLanes(Chameleon):
             return False
         self._turns.started(entry.request)
         return True
+
+
+def _check_positive(name: str, value: float) -> None:
+    if not (is_number(value) and value > 0):
+        raise ConfigError(f"{name}={value!r} must be a finite number above 0")

@@ -169,7 +169,8 @@ class Vtc:
 
     An adapter that asks for too much then delays itself: of those who always have
     requests in line none gets more than another by over twice what a batch holds. An
-    iteration takes time for who runs, comes and goes, times the logarithm of the lines.
+    iteration takes time for who runs and, with the logarithm of the lines, for who
+    comes and goes; not for who waits.
 
     Options:
       prompt_weight, output_weight: of a token; the paper's are 1 and 2.
