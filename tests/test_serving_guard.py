@@ -3,11 +3,9 @@
 import asyncio
 
 import grpc
-import pytest
 
 from jchameleon.serving.guard import streaming
 from jchameleon.serving.proto.jchameleon.v1 import inference_pb2 as pb
-from jchameleon.serving.status import StatusError
 
 STALL_S = 1.0
 """Far more than a write takes on a machine that is busy with other things."""
@@ -34,16 +32,3 @@ def test_waiting_for_the_next_message_is_not_a_stalled_reader():
             await server.stop(None)
 
     assert len(asyncio.run(call())) == 3
-
-
-def test_call_that_ended_before_its_status_is_cancelled_and_no_fault():
-    class Gone:
-        async def abort(self, code, message, metadata):
-            raise grpc.aio.InternalError("the call is over")
-
-    async def method(request, context, send):
-        raise StatusError(grpc.StatusCode.DEADLINE_EXCEEDED, "DEADLINE", "too late")
-
-    handler = streaming(pb.GenerateRequest, method, stall_timeout_s=STALL_S)
-    with pytest.raises(asyncio.CancelledError):
-        asyncio.run(handler.unary_stream(b"", Gone()))

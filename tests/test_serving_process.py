@@ -1,8 +1,10 @@
 """The serving process under load, at signals and at faults of its engine."""
 
 import json
+import os
 import signal
 import time
+from pathlib import Path
 
 import grpc
 import pytest
@@ -175,12 +177,31 @@ def test_engine_that_hangs_ends_the_process_if_so_configured(tmp_path):
         assert server.end() == 1
 
 
+def test_front_process_that_dies_ends_the_server(tmp_path):
+    with serving(tmp_path) as server:
+        load = Load(server.target, [greedy(f"call {i}", 400) for i in range(4)])
+        wait_until(lambda: load.started)
+        os.kill(front_of(server.process.pid), signal.SIGKILL)
+        load.join()
+        assert set(load.codes()) == {grpc.StatusCode.UNAVAILABLE}
+        assert server.end() == 1
+        assert server.events("front_lost")
+
+
+def front_of(pid):
+    """Return the only child of a server."""
+    [child] = Path(f"/proc/{pid}/task/{pid}/children").read_text("utf-8").split()
+    return int(child)
+
+
 def test_killed_server_starts_again_and_a_second_signal_ends_it_at_once(tmp_path):
     with serving(tmp_path) as server:
         load = Load(server.target, [greedy(f"call {i}", 400) for i in range(4)])
         wait_until(lambda: load.started)
+        front = front_of(server.process.pid)
         server.signal(signal.SIGKILL)
         load.join()
+        wait_until(lambda: not Path(f"/proc/{front}").exists())
         assert set(load.codes()) == {grpc.StatusCode.UNAVAILABLE}
         port = int(server.target.rpartition(":")[2])
     with serving(tmp_path, {"server": {"port": port}}) as server:

@@ -119,6 +119,15 @@ def run_streams(
 ) -> dict[str, Any]:
     """Return one sample of a role; the bare server sends what `served` received."""
     process = found[role]
+    if role == "echo":
+        assert served is not None, "the server runs first"
+        process.ask(
+            do="rehearse",
+            interval_s=served["interval_s"],
+            messages=[
+                [one.hex() for one in messages] for messages in served["messages"]
+            ],
+        )
     before = process.ask(do="cpu")
     if role == "engine":
         sample = process.ask(
@@ -128,23 +137,11 @@ def run_streams(
             output_tokens=settings.stream_tokens,
         )
         return {**sample, "cpu": spent(process, before)}
-    if role == "server":
-        method = GENERATE_STREAM
-        requests = [
-            generate_request(prompt, None, settings.stream_tokens) for prompt in prompts
-        ]
-    else:
-        assert served is not None, "the server runs first"
-        method = ECHO_METHOD
-        requests = [
-            json.dumps(
-                {
-                    "interval_s": served["interval_s"],
-                    "messages": [message.hex() for message in messages],
-                }
-            ).encode()
-            for messages in served["messages"]
-        ]
+    # The same requests for both: what the bare server says, it knows already.
+    requests = [
+        generate_request(prompt, None, settings.stream_tokens) for prompt in prompts
+    ]
+    method = GENERATE_STREAM if role == "server" else ECHO_METHOD
     wall_s, ttfts_s, messages = asyncio.run(stream_all(process.port, method, requests))
     most = max(len(one) for one in messages)
     return {

@@ -61,7 +61,7 @@ pool_bytes = {pool_bytes}
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Size:
-    """How large a process is."""
+    """How large a server is, its front process included."""
 
     rss_bytes: int
     threads: int
@@ -69,7 +69,17 @@ class Size:
 
 
 def size_of(pid: int) -> Size:
-    """Read a process's size from /proc."""
+    """Read the size of a process and of its children from /proc."""
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text("utf-8").split()
+    sizes = [_own_size(one) for one in (pid, *map(int, children))]
+    return Size(
+        rss_bytes=sum(size.rss_bytes for size in sizes),
+        threads=sum(size.threads for size in sizes),
+        fds=sum(size.fds for size in sizes),
+    )
+
+
+def _own_size(pid: int) -> Size:
     status = Path(f"/proc/{pid}/status").read_text("utf-8")
     fields = dict(line.split(":", 1) for line in status.splitlines())
     return Size(

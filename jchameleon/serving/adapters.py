@@ -12,6 +12,7 @@ from jchameleon.outputs import AdapterInfo
 from jchameleon.serving.adapter_paths import check_adapter_id
 from jchameleon.serving.catalog import AdapterCatalog, CatalogEntry
 from jchameleon.serving.convert import check_deadline, deadline_exceeded
+from jchameleon.serving.front import Call
 from jchameleon.serving.proto.jchameleon.v1 import adapter_pb2 as pb
 from jchameleon.serving.registrar import AdapterRegistrar
 from jchameleon.serving.status import StatusError, invalid
@@ -51,7 +52,7 @@ class AdapterService:
         self._dynamic = dynamic
 
     async def register_adapter(
-        self, request: pb.RegisterAdapterRequest, context: grpc.aio.ServicerContext
+        self, request: pb.RegisterAdapterRequest, context: Call
     ) -> pb.RegisterAdapterResponse:
         """Read, check and register an adapter."""
         llm = self._llm()
@@ -73,7 +74,7 @@ class AdapterService:
         return pb.RegisterAdapterResponse(adapter=self._message(adapter_id, info))
 
     async def unregister_adapter(
-        self, request: pb.UnregisterAdapterRequest, context: grpc.aio.ServicerContext
+        self, request: pb.UnregisterAdapterRequest, context: Call
     ) -> pb.UnregisterAdapterResponse:
         """Forget an adapter once its requests have ended."""
         llm = self._llm()
@@ -94,7 +95,7 @@ class AdapterService:
         )
 
     async def get_adapter(
-        self, request: pb.GetAdapterRequest, context: grpc.aio.ServicerContext
+        self, request: pb.GetAdapterRequest, context: Call
     ) -> pb.GetAdapterResponse:
         """Return one adapter."""
         check_adapter_id(request.adapter_id)
@@ -103,7 +104,7 @@ class AdapterService:
         )
 
     async def list_adapters(
-        self, request: pb.ListAdaptersRequest, context: grpc.aio.ServicerContext
+        self, request: pb.ListAdaptersRequest, context: Call
     ) -> pb.ListAdaptersResponse:
         """Return a page of adapters in order of their ids."""
         if request.page_size > MAX_PAGE:
@@ -124,7 +125,7 @@ class AdapterService:
         )
 
     async def pin_adapter(
-        self, request: pb.PinAdapterRequest, context: grpc.aio.ServicerContext
+        self, request: pb.PinAdapterRequest, context: Call
     ) -> pb.PinAdapterResponse:
         """Load an adapter and keep it on the device."""
         llm, adapter_id = self._llm(), request.adapter_id
@@ -133,7 +134,7 @@ class AdapterService:
         return pb.PinAdapterResponse(adapter=await self._current(llm, adapter_id))
 
     async def unpin_adapter(
-        self, request: pb.UnpinAdapterRequest, context: grpc.aio.ServicerContext
+        self, request: pb.UnpinAdapterRequest, context: Call
     ) -> pb.UnpinAdapterResponse:
         """Let an adapter be evicted again."""
         llm, adapter_id = self._llm(), request.adapter_id

@@ -11,6 +11,7 @@ import grpc
 from jchameleon.requests import CallRequest, Prompt
 from jchameleon.runtime.outbox import Delta, RequestTiming, TokenLogprobs
 from jchameleon.sampling import MAX_TIME_LIMIT_S, SamplingParams
+from jchameleon.serving.front import Call
 from jchameleon.serving.proto.jchameleon.v1 import inference_pb2 as pb
 from jchameleon.serving.status import StatusError, invalid
 
@@ -212,7 +213,7 @@ def _set_timing(message: pb.Timing, timing: RequestTiming) -> None:
             setattr(message, field, value)
 
 
-def check_deadline(context: grpc.aio.ServicerContext) -> float | None:
+def check_deadline(context: Call) -> float | None:
     """Return the seconds until the RPC's deadline, None if it has none.
 
     Raises:

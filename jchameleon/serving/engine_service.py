@@ -12,6 +12,7 @@ from jchameleon.llm import LLM
 from jchameleon.outputs import EngineStats
 from jchameleon.serving.compiles import CompileCounter
 from jchameleon.serving.engine_reader import EngineReader
+from jchameleon.serving.front import Call
 from jchameleon.serving.proto.jchameleon.v1 import engine_pb2 as pb
 from jchameleon.serving.settings import ServerConfig
 from jchameleon.serving.status import StatusError
@@ -44,7 +45,7 @@ class EngineService:
         self._reader = reader
 
     async def get_server_info(
-        self, request: pb.GetServerInfoRequest, context: grpc.aio.ServicerContext
+        self, request: pb.GetServerInfoRequest, context: Call
     ) -> pb.GetServerInfoResponse:
         """Return what does not change while the server runs."""
         llm, config = self._llm(), self._config
@@ -71,7 +72,7 @@ class EngineService:
         )
 
     async def get_stats(
-        self, request: pb.GetStatsRequest, context: grpc.aio.ServicerContext
+        self, request: pb.GetStatsRequest, context: Call
     ) -> pb.GetStatsResponse:
         """Return the engine's totals.
 
@@ -112,7 +113,7 @@ class EngineService:
         )
 
     async def abort_requests(
-        self, request: pb.AbortRequestsRequest, context: grpc.aio.ServicerContext
+        self, request: pb.AbortRequestsRequest, context: Call
     ) -> pb.AbortRequestsResponse:
         """End requests; those that are not in flight are passed over."""
         llm = self._llm()

@@ -13,20 +13,21 @@ from typing import Any, TypeVar
 import grpc
 from google.protobuf.message import DecodeError, Message
 
+from jchameleon.serving.front import Call
 from jchameleon.serving.status import StatusError, answer_to, status_of
 
 logger = logging.getLogger(__name__)
 
-Unary = Callable[[Any, grpc.aio.ServicerContext], Awaitable[Message]]
+Unary = Callable[[Any, Call], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
-Streaming = Callable[[Any, grpc.aio.ServicerContext, Send], Awaitable[None]]
+Streaming = Callable[[Any, Call, Send], Awaitable[None]]
 _M = TypeVar("_M", bound=Message)
 
 
 def unary(request_type: type[Message], method: Unary) -> grpc.RpcMethodHandler:
     """Return the handler of a method with one reply."""
 
-    async def handle(data: bytes, context: grpc.aio.ServicerContext) -> bytes:
+    async def handle(data: bytes, context: Call) -> bytes:
         try:
             reply = await method(_parse(request_type, data), context)
             return reply.SerializeToString()
@@ -48,7 +49,7 @@ def streaming(
       stall_timeout_s: a reader that takes nothing for so long is given up.
     """
 
-    async def handle(data: bytes, context: grpc.aio.ServicerContext) -> None:
+    async def handle(data: bytes, context: Call) -> None:
         try:
             request = _parse(request_type, data)
             patience = _Patience(stall_timeout_s)
@@ -134,15 +135,11 @@ def _parse(request_type: type[_M], data: bytes) -> _M:
         ) from None
 
 
-async def _answer(error: Exception, context: grpc.aio.ServicerContext) -> None:
+async def _answer(error: Exception, context: Call) -> None:
     """End the call with the status of `error`."""
     if isinstance(error, grpc.aio.AbortError):
         raise error
     if status_of(error) is None:
         logger.error("a handler failed", exc_info=error)
     status = answer_to(error)
-    try:
-        await context.abort(status.code, status.message, status.metadata())
-    except grpc.aio.InternalError:
-        # The call ended meanwhile, as at its deadline, and there is nobody to tell.
-        raise asyncio.CancelledError from error
+    await context.abort(status.code, status.message, status.metadata())

@@ -9,6 +9,7 @@ import asyncio
 import grpc
 from grpc_health.v1 import health_pb2 as pb
 
+from jchameleon.serving.front import Call
 from jchameleon.serving.guard import Send, streaming, unary
 from jchameleon.serving.status import StatusError
 
@@ -53,7 +54,7 @@ class Health:
             self._changed = asyncio.Event()
 
     async def check(
-        self, request: pb.HealthCheckRequest, context: grpc.aio.ServicerContext
+        self, request: pb.HealthCheckRequest, context: Call
     ) -> pb.HealthCheckResponse:
         """Answer Check."""
         if request.service not in self._serving:
@@ -67,7 +68,7 @@ class Health:
     async def watch(
         self,
         request: pb.HealthCheckRequest,
-        context: grpc.aio.ServicerContext,
+        context: Call,
         send: Send,
     ) -> None:
         """Answer Watch: what is, then every change."""
@@ -82,18 +83,15 @@ class Health:
             if changed is self._changed:
                 await changed.wait()
 
-    def handler(self, *, stall_timeout_s: float) -> grpc.GenericRpcHandler:
-        """Return what answers the service's methods."""
+    def handlers(self, *, stall_timeout_s: float) -> dict[str, grpc.RpcMethodHandler]:
+        """Return what answers the service's methods, by name."""
         request_type = pb.HealthCheckRequest
-        return grpc.method_handlers_generic_handler(
-            HEALTH_SERVICE,
-            {
-                "Check": unary(request_type, self.check),
-                "Watch": streaming(
-                    request_type, self.watch, stall_timeout_s=stall_timeout_s
-                ),
-            },
-        )
+        return {
+            "Check": unary(request_type, self.check),
+            "Watch": streaming(
+                request_type, self.watch, stall_timeout_s=stall_timeout_s
+            ),
+        }
 
     def _status(self, service: str) -> "pb.HealthCheckResponse.ServingStatus":
         serving = self._serving.get(service)

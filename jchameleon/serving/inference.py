@@ -22,6 +22,7 @@ from jchameleon.serving.convert import (
     prompt_of,
     sampling_params,
 )
+from jchameleon.serving.front import Call
 from jchameleon.serving.guard import Send
 from jchameleon.serving.observer import RequestObserver, RequestWatch
 from jchameleon.serving.proto.jchameleon.v1 import inference_pb2 as pb
@@ -75,7 +76,7 @@ class InferenceService:
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     async def generate(
-        self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext
+        self, request: pb.GenerateRequest, context: Call
     ) -> pb.GenerateResponse:
         """Answer when all completions have ended."""
         wholes: dict[int, Delta] = {}
@@ -88,7 +89,7 @@ class InferenceService:
             return run.replies.piece(sorted(wholes.items()))
 
     async def generate_stream(
-        self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext, send: Send
+        self, request: pb.GenerateRequest, context: Call, send: Send
     ) -> None:
         """Send pieces as they come."""
         async with self._running(request, context) as run:
@@ -97,7 +98,7 @@ class InferenceService:
             run.check_end()
 
     async def tokenize(
-        self, request: pb.TokenizeRequest, context: grpc.aio.ServicerContext
+        self, request: pb.TokenizeRequest, context: Call
     ) -> pb.TokenizeResponse:
         """Return the token ids of a prompt."""
         llm = self._llm()
@@ -117,7 +118,7 @@ class InferenceService:
 
     @contextlib.asynccontextmanager
     async def _running(
-        self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext
+        self, request: pb.GenerateRequest, context: Call
     ) -> AsyncIterator["_Run"]:
         """Hand a request to the engine; what still runs at the end is cancelled."""
         watch = self._observer.opened(request.request_id)
@@ -251,7 +252,7 @@ class _Run:
         replies: Replies,
         ticket: Ticket,
         watch: RequestWatch,
-        context: grpc.aio.ServicerContext,
+        context: Call,
         deadline_s: float | None,
         catalog: AdapterCatalog,
         adapter_uid: str | None,

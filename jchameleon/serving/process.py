@@ -120,11 +120,15 @@ class _Process:
         """Load the model; a signal ends the process meanwhile."""
         start_s = time.monotonic()
         loading = asyncio.ensure_future(server.load())
-        await _first_of(asyncio.wait({loading}), self._first_signal.wait())
+        await _first_of(
+            asyncio.wait({loading}), self._first_signal.wait(), server.lost.wait()
+        )
         if not loading.done():
+            self._note_front(server)
+            code = FAULT if self._fault.is_set() else DRAINED
             await server.stop_calls(None)
-            log_event(logger, "stopped", code=DRAINED)
-            self._leave(DRAINED)  # the thread that loads cannot be ended
+            log_event(logger, "stopped", code=code)
+            self._leave(code)  # the thread that loads cannot be ended
         await loading
         # What is there by now stays. A full collection takes half a second, most of it
         # to look at the modules of jax, and everything waits for it.
@@ -149,7 +153,10 @@ class _Process:
             step_timeout_s=self._config.server.step_timeout_s,
             on_change=note,
         )
-        await _first_of(self._first_signal.wait(), self._fault.wait())
+        await _first_of(
+            self._first_signal.wait(), self._fault.wait(), server.lost.wait()
+        )
+        self._note_front(server)
         if not self._fault.is_set():
             await self._drain(server)
         code, flush_s, error = self._end()
@@ -188,9 +195,18 @@ class _Process:
             server.admission.idle(),
             self._second_signal.wait(),
             self._fault.wait(),
+            server.lost.wait(),
             timeout_s=timeout_s,
         )
+        self._note_front(server)
         log_event(logger, "drained", left=server.admission.open_requests)
+
+    def _note_front(self, server: Server) -> None:
+        """Take the loss of the process that speaks gRPC for what it is."""
+        if server.lost.is_set():
+            log_event(logger, "front_lost", level=logging.ERROR)
+            server.refuse("dead")
+            self._fault.set()
 
     def _end(self) -> tuple[int, float, StatusError]:
         """Return exit code, time for the last replies, and what still runs gets."""

@@ -7,19 +7,18 @@ import re
 from typing import Any
 
 import grpc
-from grpc_reflection.v1alpha import reflection
 
-from jchameleon.errors import ConfigError
 from jchameleon.llm import LLM
 from jchameleon.sampling import MAX_N
 from jchameleon.serving.adapter_paths import AdapterRoot
 from jchameleon.serving.adapters import AdapterService
 from jchameleon.serving.admission import Admission
-from jchameleon.serving.auth import TokenInterceptor, Tokens
+from jchameleon.serving.auth import Tokens
 from jchameleon.serving.catalog import AdapterCatalog
 from jchameleon.serving.compiles import CompileCounter
 from jchameleon.serving.engine_reader import EngineReader
 from jchameleon.serving.engine_service import EngineService
+from jchameleon.serving.front import Front
 from jchameleon.serving.guard import streaming, unary
 from jchameleon.serving.health import HEALTH_SERVICE, Health
 from jchameleon.serving.inference import InferenceService
@@ -51,6 +50,7 @@ class Server:
 
     Attributes:
       health: live from `bind` on, ready once loaded.
+      lost: the process that speaks gRPC has ended by itself; nothing can be served.
       compiles: what jax has compiled, in the whole process.
       reader: of the engine's totals.
     """
@@ -68,8 +68,9 @@ class Server:
         root = None
         if adapters.root is not None:
             root = AdapterRoot(adapters.root, max_bytes=adapters.max_adapter_bytes)
-        self._tokens = Tokens.read(config.security)
-        self._credentials = server_credentials(config.security)
+        # The front process reads them again; what is wrong is found before it starts.
+        Tokens.read(config.security)
+        server_credentials(config.security)
         self.catalog = AdapterCatalog()
         self.health = Health((INFERENCE_SERVICE,))
         self.compiles = CompileCounter()
@@ -90,7 +91,8 @@ class Server:
             self._observer,
             self.catalog,
         )
-        self._server: grpc.aio.Server | None = None
+        self.lost = asyncio.Event()
+        self._front: Front | None = None
         self._port = 0
 
     @property
@@ -98,33 +100,21 @@ class Server:
         """The port that is bound."""
         return self._port
 
+    @property
+    def front_pid(self) -> int:
+        """The process that speaks gRPC."""
+        assert self._front is not None, "bind first"
+        return self._front.pid
+
     async def bind(self) -> None:
         """Answer on the port: UNAVAILABLE until `load` is done.
 
         Raises:
           ConfigError: the address cannot be bound.
         """
-        listen = self.config.server
-        server = grpc.aio.server(
-            # Where there are no tokens to compare, it would cost every call its turn.
-            interceptors=[TokenInterceptor(self._tokens)] if self._tokens else [],
-            options=_options(self.config),
-            maximum_concurrent_rpcs=listen.max_concurrent_rpcs,
-        )
-        self._add_services(server)
-        host = f"[{listen.host}]" if ":" in listen.host else listen.host
-        address = f"{host}:{listen.port}"
-        try:
-            if self._credentials is None:
-                self._port = server.add_insecure_port(address)
-            else:
-                self._port = server.add_secure_port(address, self._credentials)
-        except RuntimeError as error:
-            raise ConfigError(f"cannot listen on {address}: {error}") from error
-        if not self._port:
-            raise ConfigError(f"cannot listen on {address}")
-        await server.start()
-        self._server = server
+        front = Front(self.config, self._handlers(), on_lost=self.lost.set)
+        self._port = await front.start()
+        self._front = front
 
     async def load(self) -> None:
         """Load the model and compile its programs, off the event loop.
@@ -169,8 +159,8 @@ class Server:
         self.health.end()
         if error is not None:
             self.outbox.fail_all(error)
-        if self._server is not None:
-            await self._server.stop(grace_s)
+        if self._front is not None:
+            await self._front.stop(grace_s)
 
     async def close_engine(self) -> None:
         """Stop the engine, where there is one; it is waited for."""
@@ -199,7 +189,8 @@ class Server:
             **fields,
         )
 
-    def _add_services(self, server: grpc.aio.Server) -> None:
+    def _handlers(self) -> dict[str, grpc.RpcMethodHandler]:
+        """Return the handlers of all methods by their full names."""
         adapters = AdapterService(
             self.adapters,
             self.catalog,
@@ -209,34 +200,35 @@ class Server:
         engine = EngineService(
             self.config, self.state.open_llm, self.outbox, self.compiles, self.reader
         )
-        handlers = {
-            "Generate": unary(inference_pb2.GenerateRequest, self._inference.generate),
-            "GenerateStream": streaming(
-                inference_pb2.GenerateRequest,
-                self._inference.generate_stream,
-                stall_timeout_s=self.config.server.stall_timeout_s,
-            ),
-            "Tokenize": unary(inference_pb2.TokenizeRequest, self._inference.tokenize),
+        stall_timeout_s = self.config.server.stall_timeout_s
+        services = {
+            INFERENCE_SERVICE: {
+                "Generate": unary(
+                    inference_pb2.GenerateRequest, self._inference.generate
+                ),
+                "GenerateStream": streaming(
+                    inference_pb2.GenerateRequest,
+                    self._inference.generate_stream,
+                    stall_timeout_s=stall_timeout_s,
+                ),
+                "Tokenize": unary(
+                    inference_pb2.TokenizeRequest, self._inference.tokenize
+                ),
+            },
+            ADAPTER_SERVICE: _unary_handlers(ADAPTER_SERVICE, adapter_pb2, adapters),
+            ENGINE_SERVICE: _unary_handlers(ENGINE_SERVICE, engine_pb2, engine),
+            HEALTH_SERVICE: self.health.handlers(stall_timeout_s=stall_timeout_s),
         }
-        server.add_generic_rpc_handlers(
-            (
-                grpc.method_handlers_generic_handler(INFERENCE_SERVICE, handlers),
-                _unary_service(ADAPTER_SERVICE, adapter_pb2, adapters),
-                _unary_service(ENGINE_SERVICE, engine_pb2, engine),
-                self.health.handler(stall_timeout_s=self.config.server.stall_timeout_s),
-            )
-        )
-        services = (
-            INFERENCE_SERVICE,
-            ADAPTER_SERVICE,
-            ENGINE_SERVICE,
-            HEALTH_SERVICE,
-            reflection.SERVICE_NAME,
-        )
-        reflection.enable_server_reflection(services, server)
+        return {
+            f"/{service}/{name}": handler
+            for service, handlers in services.items()
+            for name, handler in handlers.items()
+        }
 
 
-def _unary_service(name: str, messages: Any, service: Any) -> grpc.GenericRpcHandler:
+def _unary_handlers(
+    name: str, messages: Any, service: Any
+) -> dict[str, grpc.RpcMethodHandler]:
     """Return the handlers of a service; each method of the protocol has one."""
     described = messages.DESCRIPTOR.services_by_name[name.rpartition(".")[2]]
     handlers = {}
@@ -244,22 +236,4 @@ def _unary_service(name: str, messages: Any, service: Any) -> grpc.GenericRpcHan
         snake = re.sub(r"(?<!^)(?=[A-Z])", "_", method.name).lower()
         request_type = getattr(messages, method.input_type.name)
         handlers[method.name] = unary(request_type, getattr(service, snake))
-    return grpc.method_handlers_generic_handler(name, handlers)
-
-
-def _options(config: ServerConfig) -> list[tuple[str, int]]:
-    """Return gRPC's channel arguments."""
-    listen = config.server
-    return [
-        ("grpc.max_receive_message_length", listen.max_message_bytes),
-        ("grpc.max_send_message_length", listen.max_reply_bytes),
-        # Two servers on one port would share its calls without a word.
-        ("grpc.so_reuseport", 0),
-        # Clients may ping through a long prefill; gRPC's default of 300 s would end
-        # their connections. vLLM's server allows the same.
-        ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
-        ("grpc.keepalive_permit_without_calls", 1),
-        # A client that is gone without a word is found in 20 + 10 s.
-        ("grpc.keepalive_time_ms", 20_000),
-        ("grpc.keepalive_timeout_ms", 10_000),
-    ]
+    return handlers
