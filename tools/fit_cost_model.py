@@ -68,9 +68,7 @@ def fit_link(
     loads = [load for log in logs for *_, plan in log.iterations for load in plan.loads]
     if not loads:
         return LinkConfig(bytes_per_s=bytes_per_s)
-    latency_s = statistics.median(
-        load_latency_s(log.iterations, page_s=page_s) for log in logs
-    )
+    latency_s = load_latency_s([log.iterations for log in logs], page_s=page_s)
     pages = statistics.fmean(len(load.pages) for load in loads)
     # A stall is a share of the whole copy, latency included.
     stall = fit.load_page_s * pages / (page_s * pages + latency_s)

@@ -97,6 +97,27 @@ class HostAdapter:
             source=source,
         )
 
+    def slice_ranks(self, first: int, last: int) -> Self:
+        """Return the part of ranks `first` to below `last`, of views; same uid.
+
+        The products of such parts add up to the adapter's own. Modules without any of
+        these ranks are left out.
+        """
+        modules = {
+            key: LoraPair(
+                a=pair.a[first:last], b=pair.b[:, first:last], scale=pair.scale
+            )
+            for key, pair in self.modules.items()
+            if pair.rank > first
+        }
+        return dataclasses.replace(
+            self,
+            rank=min(last, self.rank) - first,
+            modules=MappingProxyType(modules),
+            targets=frozenset(projection for _, projection in modules),
+            num_bytes=sum(pair.num_bytes for pair in modules.values()),
+        )
+
     @property
     def card(self) -> AdapterCard:
         """The description without the weights."""

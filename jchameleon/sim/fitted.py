@@ -34,6 +34,9 @@ LEAST_RUNS = 5
 """Of a program of one size, or its steps are left out: one that ran once, while
 something else held it up, would be taken to be so slow."""
 
+LEAST_LOADS = 10
+"""Of fewer copies that an idle engine waited for, the median says little."""
+
 _ROUNDS = 8
 
 Iteration = tuple[float, Sequence[Event], Plan]
@@ -121,26 +124,34 @@ def step_samples(
             before = (now_s, work_of(plan, rows), started)
 
 
-def load_latency_s(iterations: Iterable[Iteration], *, page_s: float) -> float:
+def load_latency_s(logs: Iterable[Iterable[Iteration]], *, page_s: float) -> float:
     """Return how much later than the link lets them copies arrive, in seconds.
 
-    The lower quartile: an engine looks for copies between two steps, so most are found
-    late, and the simulator has that wait as well. 0 where a log has no copies.
+    The median of those that an idle engine waited for. All others are found when a step
+    has ended, a wait that the simulator has as well: where there are few idle ones, the
+    lower quartile of all. 0 where the logs have no copies.
 
     Args:
       page_s: that a page takes on the link.
     """
-    free_s = 0.0
-    due_s: dict[str, float] = {}
-    late_s = []
-    for now_s, events, plan in iterations:
-        for event in events:
-            if isinstance(event, LoadDone) and event.uid in due_s:
-                late_s.append(max(0.0, now_s - due_s.pop(event.uid)))
-        for load in plan.loads:
-            free_s = max(now_s, free_s) + page_s * len(load.pages)
-            due_s[load.uid] = free_s
-    return float(np.percentile(late_s, 25)) if late_s else 0.0
+    idle: list[float] = []
+    others: list[float] = []
+    for iterations in logs:
+        free_s = 0.0
+        due_s: dict[str, float] = {}
+        for now_s, events, plan in iterations:
+            after_step = any(isinstance(event, StepDone) for event in events)
+            for event in events:
+                if isinstance(event, LoadDone) and event.uid in due_s:
+                    late_s = max(0.0, now_s - due_s.pop(event.uid))
+                    (others if after_step else idle).append(late_s)
+            for load in plan.loads:
+                free_s = max(now_s, free_s) + page_s * len(load.pages)
+                due_s[load.uid] = free_s
+    if len(idle) >= LEAST_LOADS:
+        return float(np.median(idle))
+    late = idle + others
+    return float(np.percentile(late, 25)) if late else 0.0
 
 
 def _program(sizes: Sequence[int], needed: int) -> int:
