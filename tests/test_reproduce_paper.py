@@ -1,6 +1,7 @@
 """The paper's figures by simulation: cells, resumption, wrong input."""
 
 import dataclasses
+import json
 import os
 import subprocess
 import sys
@@ -234,6 +235,26 @@ def test_figures_without_cells_run_and_render_again(tmp_path, capsys):
     arguments = ["--render", str(out / "paper.json"), "--out", str(again)]
     assert reproduce_paper.main(arguments) == 0
     assert (again / "report.html").read_bytes() == first
+
+
+def test_runs_of_different_figures_are_drawn_as_one_and_say_which(tmp_path, capsys):
+    files = []
+    for number in ("10", "2"):
+        out = tmp_path / number
+        assert reproduce_paper.main(["--figure", number, "--out", str(out)]) == 0
+        data = json.loads((out / "paper.json").read_text("utf-8"))
+        data["run"]["seeds"] = int(number)
+        files.append(out / "paper.json")
+        files[-1].write_text(json.dumps(data))
+    arguments = [text for path in files for text in ("--render", str(path))]
+    arguments += ["--out", str(tmp_path / "both")]
+    assert reproduce_paper.main(arguments) == 0
+    text = (tmp_path / "both" / "report.html").read_text("utf-8")
+    assert text.index("Figure 2:") < text.index("Figure 10:")
+    assert text.index("run: 10 seeds") < text.index("Of another run: 2 seeds")
+    assert text.count("Of another") == 1
+    assert reproduce_paper.main([*arguments, "--render", str(files[0])]) == 2
+    assert "figure 10 is in two of the files" in capsys.readouterr().err
 
 
 def test_fingerprint_covers_the_policies(world):

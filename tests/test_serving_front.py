@@ -11,6 +11,8 @@ import grpc
 import pytest
 
 from jchameleon.errors import ConfigError
+from jchameleon.serving import front as front_module
+from jchameleon.serving import pipe as wire
 from jchameleon.serving.front import Front
 from jchameleon.serving.front_process import Status, end_call
 from jchameleon.serving.pipe import WINDOW_BYTES
@@ -48,6 +50,10 @@ def is_running(pid):
     except ProcessLookupError:
         return False
     return True
+
+
+def unexpected():
+    raise AssertionError("the front process was missed")
 
 
 async def status_of(call):
@@ -252,9 +258,12 @@ def test_address_that_is_taken_is_an_error_and_leaves_no_process():
         return b""
 
     async def run(port):
+        config = ServerConfig.from_dict({"server": {"port": port}})
+        handler = grpc.unary_unary_rpc_method_handler(single)
+        one = Front(config, {"/x.X/Single": handler}, on_lost=unexpected)
         with pytest.raises(ConfigError, match=f"cannot listen on 127.0.0.1:{port}"):
-            async with front(single=single, port=port):
-                pass
+            await one.start()
+        assert not is_running(one.pid)
 
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -294,3 +303,92 @@ def test_call_that_ended_before_its_status_is_cancelled_and_no_fault():
 
     with pytest.raises(asyncio.CancelledError):
         asyncio.run(end_call(Status(Code.DEADLINE_EXCEEDED, "too late"), Gone()))
+
+
+def test_fault_of_the_front_process_at_its_start_is_an_error_and_leaves_none():
+    async def single(message, context):
+        return b""
+
+    async def run():
+        handlers = {"no-slash": grpc.unary_unary_rpc_method_handler(single)}
+        config = ServerConfig.from_dict({"server": {"port": 0}})
+        one = Front(config, handlers, on_lost=unexpected)
+        with pytest.raises(ConfigError, match="index out of range"):
+            await asyncio.wait_for(one.start(), 30)
+        assert not is_running(one.pid)
+
+    asyncio.run(run())
+
+
+def test_signals_to_a_front_process_that_begins_do_not_end_it(monkeypatch):
+    spawn = front_module._spawn
+
+    def spawn_and_signal(connection):
+        process = spawn(connection)
+        process.send_signal(signal.SIGTERM)
+        process.send_signal(signal.SIGINT)
+        return process
+
+    async def single(message, context):
+        return message
+
+    async def run():
+        async with front(single=single) as (one, channel):
+            os.kill(one.pid, signal.SIGTERM)
+            assert await channel.unary_unary("/x.X/Single")(b"here") == b"here"
+
+    monkeypatch.setattr(front_module, "_spawn", spawn_and_signal)
+    asyncio.run(run())
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, ()) & {signal.SIGTERM}
+
+
+def test_front_process_ends_with_a_parent_that_never_speaks():
+    own, other = socket.socketpair()
+    with other:
+        process = front_module._spawn(other.fileno())
+    own.close()
+    assert process.wait(20) == 0
+
+
+def test_front_process_that_hangs_is_killed_at_the_end_and_its_calls_with_it():
+    async def run():
+        cancelled = asyncio.Event()
+
+        async def many(message, context):
+            await context.write(b"first")
+            try:
+                await asyncio.Event().wait()
+            except asyncio.CancelledError:
+                cancelled.set()
+                raise
+
+        async with front(many) as (one, channel):
+            call = channel.unary_stream("/x.X/Many")(b"")
+            assert await call.read() == b"first"
+            os.kill(one.pid, signal.SIGSTOP)
+            await asyncio.wait_for(one.stop(None), 15)
+            assert cancelled.is_set() and not is_running(one.pid)
+
+    asyncio.run(run())
+
+
+def test_call_whose_caller_left_before_it_began_leaves_nothing():
+    began = []
+
+    async def many(message, context):
+        began.append(message)
+
+    async def run():
+        handler = grpc.unary_stream_rpc_method_handler(many)
+        config = ServerConfig.from_dict({"server": {"port": 0}})
+        one = Front(config, {"/x.X/Many": handler}, on_lost=unexpected)
+        one._pipe = wire.Pipe(one._receive, one._lost)
+        head = wire.CALL_HEAD.pack(0, float("inf"))
+        for number in range(3):
+            one._receive(wire.CALL, number, head + b"x")
+        one._receive(wire.GONE, 1, b"")
+        while one._calls:
+            await asyncio.sleep(0)
+
+    asyncio.run(asyncio.wait_for(run(), 10))
+    assert len(began) == 2

@@ -81,3 +81,28 @@ def test_end_of_a_pipe_is_heard_once_at_both_ends_and_ends_sending():
         return sorted(lost), received
 
     assert asyncio.run(run()) == (["a", "b"], [(1, 2, b"last words")])
+
+
+def test_sender_of_much_waits_for_an_end_that_does_not_read():
+    async def run():
+        loop = asyncio.get_running_loop()
+        own, other = socket.socketpair()
+        _, pipe = await loop.create_unix_connection(
+            lambda: Pipe(lambda *_: None, lambda: None), sock=own
+        )
+        await asyncio.wait_for(pipe.room(), 5)
+        pipe.send(1, 2, b"x" * (4 << 20))
+        await asyncio.sleep(0)  # it goes out at the end of the turn
+        waiting = asyncio.ensure_future(pipe.room())
+        await asyncio.sleep(0.2)
+        assert not waiting.done()
+        other.setblocking(False)
+        while not waiting.done():
+            await loop.sock_recv(other, 1 << 20)
+        # And does not wait for one that has ended.
+        pipe.send(1, 2, b"x" * (4 << 20))
+        await asyncio.sleep(0)
+        other.close()
+        await asyncio.wait_for(pipe.room(), 5)
+
+    asyncio.run(run())

@@ -14,7 +14,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import grpc
@@ -78,9 +77,8 @@ def cpu(order: dict[str, Any], front_pid: int | None = None) -> dict[str, float]
 
 
 def process_cpu_s(pid: int) -> float:
-    """Return the CPU seconds of another process, of its threads that still run."""
-    stats = Path(f"/proc/{pid}/task").glob("*/schedstat")
-    return sum(int(stat.read_text("utf-8").split()[0]) for stat in stats) / 1e9
+    """Return the CPU seconds of another process, threads that have ended included."""
+    return time.clock_gettime((~pid << 3) | 2)  # Linux' clock of that process
 
 
 async def run_server(config: dict[str, Any]) -> None:

@@ -111,17 +111,13 @@ def write_report(data: Mapping[str, Any], out: Path) -> Path:
 
 def page(data: Mapping[str, Any]) -> str:
     """Return the whole report."""
-    run = data["run"]
-    seeds = f"{run['seeds']} seed" + ("s" if run["seeds"] > 1 else "")
     parts = [
         "<!doctype html>",
         '<html lang="en"><head><meta charset="utf-8">',
         f"<title>Chameleon's figures, simulated</title><style>{STYLE}</style>",
         "</head><body>",
         "<h1>Chameleon's figures, simulated</h1>",
-        f"<p>{_text(run['mode'])}: {seeds}, {run['duration_s']:g} s of arrivals, "
-        f"lengths {_text(run['lengths'])}, jchameleon {_text(run['version'])}, code "
-        f"{_text(run['code'][:12])}. Paper: Iliakopoulou et al., MICRO '25. "
+        f"<p>{_run(data['run'])}. Paper: Iliakopoulou et al., MICRO '25. "
         "A ratio between policies is a property of its settings as much as of the "
         "policies; they stand below every figure.</p>",
         f"<p>{_text(RULE)}</p>",
@@ -183,11 +179,21 @@ def _summary(figures: Sequence[Mapping[str, Any]]) -> list[str]:
     return [*lines, "</table>"]
 
 
+def _run(run: Mapping[str, Any]) -> str:
+    """Return what a run was of."""
+    seeds = f"{run['seeds']} seed" + ("s" if run["seeds"] > 1 else "")
+    return _text(
+        f"{run['mode']}: {seeds}, {run['duration_s']:g} s of arrivals, lengths "
+        f"{run['lengths']}, jchameleon {run['version']}, code {run['code'][:12]}"
+    )
+
+
 def _section(figure: Mapping[str, Any]) -> list[str]:
     parts = [
         f'<h2 id="figure-{_text(figure["figure"])}">Figure {_text(figure["figure"])}: '
         f"{_text(figure['title'])}</h2>",
         f"<p>{_text(figure['shows'])}</p>",
+        *([f"<p>Of another {_run(figure['run'])}.</p>"] if "run" in figure else []),
         '<div class="charts">',
         *(svg.replace(NAMESPACE, "") for svg in drawings(figure).values()),
         "</div>",

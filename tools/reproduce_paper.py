@@ -114,8 +114,10 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--render",
         type=Path,
+        action="append",
         metavar="FILE",
-        help="run nothing: draw the report of a paper.json",
+        help="run nothing: draw the report of a paper.json, or of several, each with "
+        "figures of its own",
     )
     return parser.parse_args(arguments)
 
@@ -123,7 +125,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def _run(args: argparse.Namespace) -> None:
     begin_s = time.monotonic()
     if args.render is not None:
-        path = write_report(_read(args.render), args.out)
+        path = write_report(merged([_read(path) for path in args.render]), args.out)
         print(path)
         return
     figures, scale = _figures(args.figure), _scale(args)
@@ -163,6 +165,25 @@ def data_of(figures: Sequence[Figure], seen: Seen, *, quick: bool) -> dict[str, 
             "code": fingerprint(world),
         },
         "figures": [_rounded(figure.result(seen)) for figure in figures],
+    }
+
+
+def merged(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return the first run with the figures of all; those of others say whose they are.
+
+    Raises:
+      ConfigError: two have the same figure.
+    """
+    found = {figure["figure"]: figure for figure in runs[0]["figures"]}
+    for other in runs[1:]:
+        for figure in other["figures"]:
+            if figure["figure"] in found:
+                raise ConfigError(f"figure {figure['figure']} is in two of the files")
+            found[figure["figure"]] = {**figure, "run": other["run"]}
+    order = list(FIGURES)
+    return {
+        "run": runs[0]["run"],
+        "figures": sorted(found.values(), key=lambda one: order.index(one["figure"])),
     }
 
 

@@ -12,34 +12,28 @@ import asyncio
 import logging
 import math
 import pickle
+import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, NoReturn
 
 import grpc
 
 from jchameleon.errors import ConfigError
 from jchameleon.serving import pipe as wire
+from jchameleon.serving.auth import Tokens
 from jchameleon.serving.pipe import Pipe
 from jchameleon.serving.settings import ServerConfig
 
 logger = logging.getLogger(__name__)
 
-END_S = 5.0
-"""A front process that has nothing to do any more and does not end is killed."""
+END_S = 2.0
+"""A front process that does not end its calls or itself is waited for so long."""
 
-PACKAGE_FOLDER = str(Path(__file__).resolve().parents[2])
-
-# Without the current folder, where a file may be called like a library. What is
-# installed is found before this package's own folder.
-_PROGRAM = (
-    f"import sys; sys.path.append({PACKAGE_FOLDER!r}); "
-    "from jchameleon.serving.front_process import main; main()"
-)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Call:
@@ -99,15 +93,18 @@ class Front:
         config: ServerConfig,
         handlers: Mapping[str, grpc.RpcMethodHandler],
         *,
+        tokens: Tokens | None = None,
         on_lost: Callable[[], None],
     ) -> None:
         """Nothing runs yet.
 
         Args:
+          tokens: that callers must bring; None for none.
           handlers: of bytes, by the method's full name; with one reply or many.
           on_lost: is called when the process has ended by itself.
         """
         self._config = config
+        self._tokens = tokens or Tokens((), ())
         self._names = tuple(handlers)
         self._handlers = tuple(handlers.values())
         self._on_lost = on_lost
@@ -125,31 +122,33 @@ class Front:
         assert self._process is not None
         return self._process.pid
 
+    @property
+    def exit_code(self) -> int | None:
+        """What the process ended with, if it has; of a signal, its number below 0."""
+        return None if self._process is None else self._process.poll()
+
     async def start(self) -> int:
         """Start the process; return the port that it listens on.
 
         Raises:
-          ConfigError: the address cannot be bound.
+          ConfigError: it cannot be started, or the address cannot be bound.
         """
-        own, other = socket.socketpair()
-        with other:
-            # A group of its own: Ctrl-C is for this process, which drains first.
-            self._process = subprocess.Popen(
-                [sys.executable, "-P", "-c", _PROGRAM, str(other.fileno())],
-                pass_fds=(other.fileno(),),
-                stdin=subprocess.DEVNULL,
-                process_group=0,
-            )
-        _, pipe = await self._loop.create_unix_connection(
-            lambda: Pipe(self._receive, self._lost), sock=own
-        )
-        self._pipe = pipe
         methods = [
             (name, bool(handler.response_streaming))
             for name, handler in zip(self._names, self._handlers, strict=True)
         ]
-        pipe.send(wire.START, 0, pickle.dumps((self._config, methods)))
+        facts = pickle.dumps((self._config, self._tokens, methods))
         try:
+            own, other = socket.socketpair()
+            with other:
+                self._process = _spawn(other.fileno())
+        except OSError as error:
+            raise ConfigError(f"cannot start the front process: {error}") from error
+        try:
+            _, self._pipe = await self._loop.create_unix_connection(
+                lambda: Pipe(self._receive, self._lost), sock=own
+            )
+            self._pipe.send(wire.START, 0, facts)
             return await self._bound
         except BaseException:
             await self._end()
@@ -157,15 +156,16 @@ class Front:
 
     async def stop(self, grace_s: float | None) -> None:
         """Take no new calls, give those that run `grace_s`, and end the process."""
-        if self._pipe is not None and not self._is_ending:
-            self._is_ending = True
-            grace = wire.GRACE_BODY.pack(0.0 if grace_s is None else grace_s)
-            self._pipe.send(wire.STOP, 0, grace)
         if self._pipe is not None:
+            if not self._is_ending:
+                self._is_ending = True
+                grace = wire.GRACE_BODY.pack(0.0 if grace_s is None else grace_s)
+                self._pipe.send(wire.STOP, 0, grace)
             await asyncio.wait({self._stopped}, timeout=(grace_s or 0.0) + END_S)
+        await self._end()
+        # Nobody is left to hear what they have to say; they were told so.
         if running := [task for _, task in self._calls.values()]:
             await asyncio.wait(running)
-        await self._end()
 
     async def _end(self) -> None:
         self._is_ending = True
@@ -208,13 +208,15 @@ class Front:
         elif kind == wire.GONE:
             if number in self._calls:
                 self._calls[number][1].cancel()
-        elif kind == wire.BOUND:
-            self._bound.set_result(*wire.PORT_BODY.unpack(content))
-        elif kind == wire.FAILED:
-            self._bound.set_exception(ConfigError(content.decode()))
-        else:
-            assert kind == wire.STOPPED, f"a frame of kind {kind}"
-            self._stopped.set_result(None)
+        elif kind == wire.STOPPED:
+            if not self._stopped.done():
+                self._stopped.set_result(None)
+        elif not self._bound.done():  # else nobody waits for it any more
+            if kind == wire.BOUND:
+                self._bound.set_result(*wire.PORT_BODY.unpack(content))
+            else:
+                assert kind == wire.FAILED, f"a frame of kind {kind}"
+                self._bound.set_exception(ConfigError(content.decode()))
 
     def _open(self, number: int, content: bytes) -> None:
         assert self._pipe is not None
@@ -225,6 +227,8 @@ class Front:
             self._run(self._handlers[method], number, call, message)
         )
         self._calls[number] = call, task
+        # Not by the task itself: one that is cancelled before it begins does nothing.
+        task.add_done_callback(lambda _: self._calls.pop(number))
 
     async def _run(self, handler: Any, number: int, call: Call, message: bytes) -> None:
         """Run a handler of a call, and end the call as it ends."""
@@ -243,12 +247,31 @@ class Front:
         except BaseException:
             logger.exception("a handler failed")
             self._send(wire.STATUS, number, _FAILED)
-        finally:
-            del self._calls[number]
 
     def _send(self, kind: int, number: int, content: bytes = b"") -> None:
         if self._pipe is not None:
             self._pipe.send(kind, number, content)
+
+
+def _spawn(connection: int) -> subprocess.Popen[bytes]:
+    """Start the front process, with its end of the socket as the only argument."""
+    program = (
+        # The very modules that this process has, wherever it has them from.
+        f"import sys; sys.path[:] = {sys.path!r}; "
+        "from jchameleon.serving.front_process import main; main()"
+    )
+    # Signals are for this process, which drains first. Those of a terminal go to its
+    # group only; others may reach the new process before it can ignore them.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    try:
+        return subprocess.Popen(
+            [sys.executable, "-P", "-c", program, str(connection)],
+            pass_fds=(connection,),
+            stdin=subprocess.DEVNULL,
+            process_group=0,
+        )
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 _CANCELLED = pickle.dumps((grpc.StatusCode.CANCELLED.value[0], "", ()))

@@ -15,6 +15,7 @@ import pickle
 import signal
 import socket
 import sys
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,7 +27,8 @@ from grpc_reflection.v1alpha import reflection
 from jchameleon.errors import ConfigError
 from jchameleon.serving import pipe as wire
 from jchameleon.serving.auth import TokenInterceptor, Tokens
-from jchameleon.serving.logs import start_logs
+from jchameleon.serving.front import END_S
+from jchameleon.serving.logs import LineWriter, start_logs
 from jchameleon.serving.pipe import Pipe
 from jchameleon.serving.proto.jchameleon.v1 import (
     adapter_pb2,
@@ -53,9 +55,10 @@ _CODES = {code.value[0]: code for code in grpc.StatusCode}
 
 def main() -> None:
     """Serve until the other process ends or says so."""
-    # The other one hears them, and drains first.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    # The other one hears them, and drains first. They were blocked until here.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
     uvloop.run(_serve(socket.socket(fileno=int(sys.argv[1]))))
 
 
@@ -67,7 +70,12 @@ async def _serve(connection: socket.socket) -> None:
         sock=connection,
     )
     await process.lost.wait()
+    # It holds the port: whatever hangs here, it must not stay.
+    last = threading.Timer(LAST_WORDS_S + END_S, os._exit, (1,))
+    last.daemon = True
+    last.start()
     await process.end_calls()
+    process.close_logs()
     os._exit(0)  # what is left would be cancelled, and be told so
 
 
@@ -129,6 +137,7 @@ class _Process:
         self._calls: dict[int, _Call] = {}
         self._opened = 0
         self._tasks: set[asyncio.Task[None]] = set()
+        self._logs: LineWriter | None = None
 
     def connect(self, pipe: Pipe) -> Pipe:
         """Take the connection to the other process, and return it."""
@@ -153,20 +162,30 @@ class _Process:
         assert self._pipe is not None
         self._pipe.send(kind, number, content)
 
-    async def _start(self, config: ServerConfig, methods: Methods) -> None:
+    def close_logs(self) -> None:
+        """Write what is left to write."""
+        if self._logs is not None:
+            self._logs.close()
+
+    async def _start(
+        self, config: ServerConfig, tokens: Tokens, methods: Methods
+    ) -> None:
         """Listen; what is wrong with that goes to the other process."""
-        start_logs(config.server.log_format, sys.stderr)
+        self._logs = start_logs(config.server.log_format, sys.stderr)
         try:
-            port = await self._bind(config, methods)
-        except ConfigError as error:
-            self._send(wire.FAILED, 0, str(error).encode())
+            port = await self._bind(config, tokens, methods)
+        except Exception as error:
+            if not isinstance(error, ConfigError):
+                logger.exception("cannot listen")
+            self._send(wire.FAILED, 0, (str(error) or repr(error)).encode())
             return
         gc.collect()
         gc.freeze()
         self._send(wire.BOUND, 0, wire.PORT_BODY.pack(port))
 
-    async def _bind(self, config: ServerConfig, methods: Methods) -> int:
-        tokens = Tokens.read(config.security)
+    async def _bind(
+        self, config: ServerConfig, tokens: Tokens, methods: Methods
+    ) -> int:
         credentials = server_credentials(config.security)
         self._server = server = grpc.aio.server(
             # Where there are no tokens to compare, it would cost every call its turn.
@@ -208,9 +227,14 @@ class _Process:
             await self._server.stop(grace_s or None)
         self._send(wire.STOPPED)
 
-    @contextlib.contextmanager
-    def opened(self, method: int, message: bytes, context: Any) -> Any:
-        """Pass a call on; the other process hears of it when the caller leaves."""
+    @contextlib.asynccontextmanager
+    async def opened(self, method: int, message: bytes, context: Any) -> Any:
+        """Pass a call on; the other process hears of it when the caller leaves.
+
+        Who leaves while that process is behind is never heard of there.
+        """
+        assert self._pipe is not None
+        await self._pipe.room()
         number = self._opened = self._opened + 1
         call = self._calls[number] = _Call()
         left_s = context.time_remaining()
@@ -250,7 +274,7 @@ class _Handlers(grpc.GenericRpcHandler):
         process = self._process
 
         async def handle(message: bytes, context: Any) -> None:
-            with process.opened(method, message, context) as (number, call):
+            async with process.opened(method, message, context) as (number, call):
                 try:
                     while (reply := await call.next()) is not None:
                         await context.write(reply)
@@ -264,13 +288,13 @@ class _Handlers(grpc.GenericRpcHandler):
         process = self._process
 
         async def handle(message: bytes, context: Any) -> bytes:
-            with process.opened(method, message, context) as (_number, call):
+            async with process.opened(method, message, context) as (_number, call):
                 try:
                     reply = await call.next()
-                    await call.next()
+                    assert reply is not None, "an end without a reply"
+                    await call.next()  # the end
                 except Status as status:
                     await end_call(status, context)
-                assert reply is not None, "no reply before the end"
                 return reply
 
         return grpc.unary_unary_rpc_method_handler(handle)
@@ -280,10 +304,13 @@ async def end_call(error: Exception, context: Any) -> None:
     """End a call with a status other than OK."""
     status = error
     if not isinstance(status, Status):
-        logger.error("a reply could not be sent", exc_info=error)
         status = Status(grpc.StatusCode.INTERNAL, "a reply could not be sent")
     try:
         await context.abort(status.code, status.details, status.metadata)
+    except grpc.aio.AbortError:
+        if status is not error:  # and the caller is still there
+            logger.error("a reply could not be sent", exc_info=error)
+        raise
     except grpc.aio.InternalError:
         # The call ended meanwhile, as at its deadline, and there is nobody to tell.
         raise asyncio.CancelledError from None

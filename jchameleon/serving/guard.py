@@ -1,8 +1,7 @@
 """Handlers that take raw bytes and always answer with a status of ours.
 
-grpc.aio answers UNKNOWN when a deserializer or a handler raises; here bytes are parsed
-inside the guard, so that what does not parse is INVALID_ARGUMENT, what the library
-refuses has its code, and a fault of ours is INTERNAL and logged.
+Bytes are parsed inside the guard, so that what does not parse is INVALID_ARGUMENT, what
+the library refuses has its code, and a fault of ours is INTERNAL and logged.
 """
 
 import asyncio

@@ -26,7 +26,8 @@ MESSAGE = 11
 END = 12
 """The call has ended with OK."""
 STATUS = 13
-"""The call ends with another status; see `jchameleon.serving.front`."""
+"""The call ends with another status: a pickled tuple of the code's number, the details
+and the trailing metadata."""
 
 # About the front process itself.
 START = 21
@@ -70,12 +71,18 @@ class Pipe(asyncio.Protocol):
         self._transport: Any = None  # uvloop's is of no class of asyncio
         self._waiting: list[bytes] = []
         self._rest = bytearray()
+        self._resumed: asyncio.Event | None = None  # while the other end is behind
 
     def send(self, kind: int, call: int = 0, content: bytes = b"") -> None:
         """Send a frame with what else is sent in this turn; nothing once it is lost."""
         if not self._waiting:
             self._loop.call_soon(self._flush)
         self._waiting += (_HEAD.pack(len(content), kind, call), content)
+
+    async def room(self) -> None:
+        """Wait while the other end does not take what was sent."""
+        while self._resumed is not None:
+            await self._resumed.wait()
 
     def close(self) -> None:
         """End the connection once all has been sent."""
@@ -97,7 +104,18 @@ class Pipe(asyncio.Protocol):
     def connection_lost(self, error: Exception | None) -> None:
         """See `asyncio.Protocol`."""
         self._transport = None
+        self.resume_writing()
         self._lost()
+
+    def pause_writing(self) -> None:
+        """See `asyncio.Protocol`."""
+        self._resumed = asyncio.Event()
+
+    def resume_writing(self) -> None:
+        """See `asyncio.Protocol`."""
+        if self._resumed is not None:
+            self._resumed.set()
+            self._resumed = None
 
     def data_received(self, data: bytes) -> None:
         """See `asyncio.Protocol`."""

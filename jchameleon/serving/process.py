@@ -76,7 +76,7 @@ class _Process:
             loop.add_signal_handler(number, self._hear, number)
         metrics = Metrics()
         server = Server(self._config, metrics)
-        await server.bind()
+        await self._bind(server)
         try:
             with self._metrics_endpoint(server, metrics) as metrics_port:
                 host = self._config.server.host
@@ -91,6 +91,17 @@ class _Process:
                 await self._serve(server)
         finally:
             await server.stop_calls(None)
+
+    async def _bind(self, server: Server) -> None:
+        """Listen; a signal ends the process meanwhile."""
+        binding = asyncio.ensure_future(server.bind())
+        await _first_of(asyncio.wait({binding}), self._first_signal.wait())
+        if not binding.done():
+            binding.cancel()
+            await asyncio.wait({binding})
+            log_event(logger, "stopped", code=DRAINED)
+            self._leave(DRAINED)
+        await binding
 
     def _hear(self, number: signal.Signals) -> None:
         if self._first_signal.is_set():
@@ -204,7 +215,8 @@ class _Process:
     def _note_front(self, server: Server) -> None:
         """Take the loss of the process that speaks gRPC for what it is."""
         if server.lost.is_set():
-            log_event(logger, "front_lost", level=logging.ERROR)
+            code = server.front_exit_code
+            log_event(logger, "front_lost", level=logging.ERROR, code=code)
             server.refuse("dead")
             self._fault.set()
 

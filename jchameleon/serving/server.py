@@ -68,8 +68,9 @@ class Server:
         root = None
         if adapters.root is not None:
             root = AdapterRoot(adapters.root, max_bytes=adapters.max_adapter_bytes)
-        # The front process reads them again; what is wrong is found before it starts.
-        Tokens.read(config.security)
+        self._tokens = Tokens.read(config.security)
+        # Read again by the front process, which looks for renewed ones; what is wrong
+        # with them is found before it starts.
         server_credentials(config.security)
         self.catalog = AdapterCatalog()
         self.health = Health((INFERENCE_SERVICE,))
@@ -106,13 +107,20 @@ class Server:
         assert self._front is not None, "bind first"
         return self._front.pid
 
+    @property
+    def front_exit_code(self) -> int | None:
+        """What that process ended with, if it has and that is known yet."""
+        return None if self._front is None else self._front.exit_code
+
     async def bind(self) -> None:
         """Answer on the port: UNAVAILABLE until `load` is done.
 
         Raises:
           ConfigError: the address cannot be bound.
         """
-        front = Front(self.config, self._handlers(), on_lost=self.lost.set)
+        front = Front(
+            self.config, self._handlers(), tokens=self._tokens, on_lost=self.lost.set
+        )
         self._port = await front.start()
         self._front = front
 

@@ -72,6 +72,9 @@ class ListenConfig:
             self,
             ("max_message_bytes", "max_reply_bytes", "max_concurrent_rpcs"),
         )
+        for field in ("max_message_bytes", "max_reply_bytes", "max_concurrent_rpcs"):
+            if (value := getattr(self, field)) >= 1 << 31:
+                raise ConfigError(f"server.{field}={value} must be below 2^31")
         for field in ("stall_timeout_s", "shutdown_timeout_s", "step_timeout_s"):
             value = getattr(self, field)
             if not (is_number(value) and value > 0):
