@@ -11,9 +11,8 @@ import grpc
 import pytest
 
 from jchameleon.errors import ConfigError
-from jchameleon.serving import front as front_module
 from jchameleon.serving import pipe as wire
-from jchameleon.serving.front import Front
+from jchameleon.serving.front import Front, _spawn
 from jchameleon.serving.front_process import Status, end_call
 from jchameleon.serving.pipe import WINDOW_BYTES
 from jchameleon.serving.settings import ServerConfig
@@ -24,7 +23,7 @@ HTTP2_BYTES = 24 << 20
 
 
 @contextlib.asynccontextmanager
-async def front(many=None, single=None, *, on_lost=lambda: None, **listen):
+async def front(many=None, single=None, *, on_lost=lambda code: None, **listen):
     """Run a front process before a handler of streams and one of single replies."""
     handlers = {}
     if many is not None:
@@ -52,8 +51,19 @@ def is_running(pid):
     return True
 
 
-def unexpected():
-    raise AssertionError("the front process was missed")
+class Waiting:
+    """A handler that sends one message and waits until it is cancelled."""
+
+    def __init__(self):
+        self.cancelled = asyncio.Event()
+
+    async def __call__(self, message, context):
+        await context.write(b"first")
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            self.cancelled.set()
+            raise
 
 
 async def status_of(call):
@@ -136,16 +146,11 @@ def test_statuses_carry_code_details_and_metadata():
 @pytest.mark.parametrize("ends", ["cancel", "deadline", "channel"])
 def test_caller_who_leaves_cancels_the_handler(ends):
     async def run():
-        left_s, cancelled = [], asyncio.Event()
+        left_s, waiting = [], Waiting()
 
         async def many(message, context):
             left_s.append(context.time_remaining())
-            await context.write(b"first")
-            try:
-                await asyncio.Event().wait()
-            except asyncio.CancelledError:
-                cancelled.set()
-                raise
+            await waiting(message, context)
 
         async with front(many) as (_, channel):
             timeout = 1.0 if ends == "deadline" else None
@@ -155,7 +160,7 @@ def test_caller_who_leaves_cancels_the_handler(ends):
                 call.cancel()
             if ends == "channel":
                 await channel.close()
-            await asyncio.wait_for(cancelled.wait(), 10)
+            await asyncio.wait_for(waiting.cancelled.wait(), 10)
         [left] = left_s
         assert left is None if timeout is None else 0 < left <= 1.0
 
@@ -260,10 +265,11 @@ def test_address_that_is_taken_is_an_error_and_leaves_no_process():
     async def run(port):
         config = ServerConfig.from_dict({"server": {"port": port}})
         handler = grpc.unary_unary_rpc_method_handler(single)
-        one = Front(config, {"/x.X/Single": handler}, on_lost=unexpected)
+        lost = []
+        one = Front(config, {"/x.X/Single": handler}, on_lost=lost.append)
         with pytest.raises(ConfigError, match=f"cannot listen on 127.0.0.1:{port}"):
             await one.start()
-        assert not is_running(one.pid)
+        assert not is_running(one.pid) and not lost
 
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -273,23 +279,20 @@ def test_address_that_is_taken_is_an_error_and_leaves_no_process():
 
 def test_front_process_that_is_killed_cancels_its_calls_and_is_missed():
     async def run():
-        lost, cancelled = asyncio.Event(), asyncio.Event()
+        codes, lost, waiting = [], asyncio.Event(), Waiting()
 
-        async def many(message, context):
-            await context.write(b"first")
-            try:
-                await asyncio.Event().wait()
-            except asyncio.CancelledError:
-                cancelled.set()
-                raise
+        def on_lost(code):
+            codes.append(code)
+            lost.set()
 
-        async with front(many, on_lost=lost.set) as (one, channel):
+        async with front(waiting, on_lost=on_lost) as (one, channel):
             call = channel.unary_stream("/x.X/Many")(b"")
             assert await call.read() == b"first"
             os.kill(one.pid, signal.SIGKILL)
             await asyncio.wait_for(lost.wait(), 10)
-            await asyncio.wait_for(cancelled.wait(), 10)
+            await asyncio.wait_for(waiting.cancelled.wait(), 10)
             assert (await status_of(call)).code() is Code.UNAVAILABLE
+        assert codes in ([-signal.SIGKILL], [None])  # not known at once
 
     start_s = time.monotonic()
     asyncio.run(run())
@@ -312,62 +315,50 @@ def test_fault_of_the_front_process_at_its_start_is_an_error_and_leaves_none():
     async def run():
         handlers = {"no-slash": grpc.unary_unary_rpc_method_handler(single)}
         config = ServerConfig.from_dict({"server": {"port": 0}})
-        one = Front(config, handlers, on_lost=unexpected)
+        lost = []
+        one = Front(config, handlers, on_lost=lost.append)
         with pytest.raises(ConfigError, match="index out of range"):
             await asyncio.wait_for(one.start(), 30)
-        assert not is_running(one.pid)
+        assert not is_running(one.pid) and not lost
 
     asyncio.run(run())
 
 
-def test_signals_to_a_front_process_that_begins_do_not_end_it(monkeypatch):
-    spawn = front_module._spawn
+@pytest.mark.parametrize("signals", [(), (signal.SIGTERM, signal.SIGINT)])
+def test_front_process_ends_with_its_parent_and_not_by_signals(signals):
+    """From its very first moment: before it ignores them they are blocked."""
+    own, other = socket.socketpair()
+    with other:
+        process = _spawn(other.fileno())
+    for number in signals:
+        process.send_signal(number)
+    own.close()
+    assert process.wait(20) == 0
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, ()) & {signal.SIGTERM}
 
-    def spawn_and_signal(connection):
-        process = spawn(connection)
-        process.send_signal(signal.SIGTERM)
-        process.send_signal(signal.SIGINT)
-        return process
 
+def test_signals_to_a_front_process_that_serves_do_nothing():
     async def single(message, context):
         return message
 
     async def run():
         async with front(single=single) as (one, channel):
             os.kill(one.pid, signal.SIGTERM)
+            os.kill(one.pid, signal.SIGINT)
             assert await channel.unary_unary("/x.X/Single")(b"here") == b"here"
 
-    monkeypatch.setattr(front_module, "_spawn", spawn_and_signal)
     asyncio.run(run())
-    assert not signal.pthread_sigmask(signal.SIG_BLOCK, ()) & {signal.SIGTERM}
-
-
-def test_front_process_ends_with_a_parent_that_never_speaks():
-    own, other = socket.socketpair()
-    with other:
-        process = front_module._spawn(other.fileno())
-    own.close()
-    assert process.wait(20) == 0
 
 
 def test_front_process_that_hangs_is_killed_at_the_end_and_its_calls_with_it():
     async def run():
-        cancelled = asyncio.Event()
-
-        async def many(message, context):
-            await context.write(b"first")
-            try:
-                await asyncio.Event().wait()
-            except asyncio.CancelledError:
-                cancelled.set()
-                raise
-
-        async with front(many) as (one, channel):
+        waiting = Waiting()
+        async with front(waiting) as (one, channel):
             call = channel.unary_stream("/x.X/Many")(b"")
             assert await call.read() == b"first"
             os.kill(one.pid, signal.SIGSTOP)
             await asyncio.wait_for(one.stop(None), 15)
-            assert cancelled.is_set() and not is_running(one.pid)
+            assert waiting.cancelled.is_set() and not is_running(one.pid)
 
     asyncio.run(run())
 
@@ -381,7 +372,7 @@ def test_call_whose_caller_left_before_it_began_leaves_nothing():
     async def run():
         handler = grpc.unary_stream_rpc_method_handler(many)
         config = ServerConfig.from_dict({"server": {"port": 0}})
-        one = Front(config, {"/x.X/Many": handler}, on_lost=unexpected)
+        one = Front(config, {"/x.X/Many": handler}, on_lost=lambda code: None)
         one._pipe = wire.Pipe(one._receive, one._lost)
         head = wire.CALL_HEAD.pack(0, float("inf"))
         for number in range(3):

@@ -185,7 +185,8 @@ def test_front_process_that_dies_ends_the_server(tmp_path):
         load.join()
         assert set(load.codes()) == {grpc.StatusCode.UNAVAILABLE}
         assert server.end() == 1
-        assert server.events("front_lost")
+        [event] = server.events("front_lost")
+        assert event["level"] == "error"
 
 
 def front_of(pid):

@@ -45,6 +45,7 @@ def test_names_stay_names(tmp_path):
         ({"servr": {}}, "servr"),
         ({"server": {"prot": 1}}, "prot"),
         ({"server": {"port": 65536}}, "server.port=65536"),
+        ({"server": {"max_reply_bytes": 2**31}}, "server.max_reply_bytes=2147483648"),
         ({"server": {"stall_timeout_s": 0}}, "server.stall_timeout_s=0"),
         ({"limits": {"max_waiting_tokens": 0}}, "limits.max_waiting_tokens=0"),
         ({"adapters": {"dynamic": True}}, "adapters.root"),

@@ -72,17 +72,15 @@ class Packer:
         """Yield its pages f[L, N, E], a piece each, every one a new array.
 
         Packed piece by piece: arrays of a whole large adapter come fresh from the
-        system each time, and to touch their pages took up to 0.15 s for 59 MB.
+        system each time, and to touch their pages took up to 0.17 s for 59 MB.
         """
         piece = piece_pages(self._layout)
         ranks = CHUNKS_PER_PIECE * CHUNK_RANK
         for first in range(0, adapter.rank, ranks):
             part = adapter.slice_ranks(first, first + ranks)
             packed = self._layout.pack(part, dtype=self._dtype)
-            [block] = (
-                [packed] if packed.shape[1] == piece else split_blocks(packed, piece)
-            )
-            yield block
+            is_whole = packed.shape[1] == piece
+            yield packed if is_whole else split_blocks(packed, piece)[0]
 
 
 class HostStaging:

@@ -2,7 +2,7 @@
 
 gRPC's event loop and an engine's host work in one interpreter take turns at its lock,
 and each makes the other slower: a burst of requests was accepted in twice the time, and
-the engine's first steps took twice as long. So a front process accepts connections,
+the engine's steps took nearly twice the CPU. So a front process accepts connections,
 speaks TLS, compares tokens and knows of calls no more than their bytes; `Front` starts
 it, runs the handlers of what it passes on, and sends back what they say. Neither
 outlives the other.
@@ -94,14 +94,15 @@ class Front:
         handlers: Mapping[str, grpc.RpcMethodHandler],
         *,
         tokens: Tokens | None = None,
-        on_lost: Callable[[], None],
+        on_lost: Callable[[int | None], None],
     ) -> None:
         """Nothing runs yet.
 
         Args:
           tokens: that callers must bring; None for none.
           handlers: of bytes, by the method's full name; with one reply or many.
-          on_lost: is called when the process has ended by itself.
+          on_lost: is called when the process has ended by itself, with its exit code
+            (of a signal, its number below 0) if that is known yet.
         """
         self._config = config
         self._tokens = tokens or Tokens((), ())
@@ -121,11 +122,6 @@ class Front:
         """Id of the process."""
         assert self._process is not None
         return self._process.pid
-
-    @property
-    def exit_code(self) -> int | None:
-        """What the process ended with, if it has; of a signal, its number below 0."""
-        return None if self._process is None else self._process.poll()
 
     async def start(self) -> int:
         """Start the process; return the port that it listens on.
@@ -191,13 +187,13 @@ class Front:
             task.cancel()
         if not self._stopped.done():
             self._stopped.set_result(None)
+        assert self._process is not None
         if not self._bound.done():
-            assert self._process is not None
             self._bound.set_exception(
                 ConfigError("the front process ended before it could listen")
             )
         elif not self._is_ending:
-            self._on_lost()
+            self._on_lost(self._process.poll())
 
     def _receive(self, kind: int, number: int, content: bytes) -> None:
         if kind == wire.CALL:
@@ -244,7 +240,7 @@ class Front:
         except asyncio.CancelledError:
             # The caller has left, and hears no more of it; or the handler gave up.
             self._send(wire.STATUS, number, _CANCELLED)
-        except BaseException:
+        except Exception:
             logger.exception("a handler failed")
             self._send(wire.STATUS, number, _FAILED)
 

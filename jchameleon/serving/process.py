@@ -75,7 +75,7 @@ class _Process:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._hear, number)
         metrics = Metrics()
-        server = Server(self._config, metrics)
+        server = Server(self._config, metrics, on_front_lost=self._lose_front)
         await self._bind(server)
         try:
             with self._metrics_endpoint(server, metrics) as metrics_port:
@@ -132,10 +132,9 @@ class _Process:
         start_s = time.monotonic()
         loading = asyncio.ensure_future(server.load())
         await _first_of(
-            asyncio.wait({loading}), self._first_signal.wait(), server.lost.wait()
+            asyncio.wait({loading}), self._first_signal.wait(), self._fault.wait()
         )
         if not loading.done():
-            self._note_front(server)
             code = FAULT if self._fault.is_set() else DRAINED
             await server.stop_calls(None)
             log_event(logger, "stopped", code=code)
@@ -164,10 +163,7 @@ class _Process:
             step_timeout_s=self._config.server.step_timeout_s,
             on_change=note,
         )
-        await _first_of(
-            self._first_signal.wait(), self._fault.wait(), server.lost.wait()
-        )
-        self._note_front(server)
+        await _first_of(self._first_signal.wait(), self._fault.wait())
         if not self._fault.is_set():
             await self._drain(server)
         code, flush_s, error = self._end()
@@ -206,19 +202,13 @@ class _Process:
             server.admission.idle(),
             self._second_signal.wait(),
             self._fault.wait(),
-            server.lost.wait(),
             timeout_s=timeout_s,
         )
-        self._note_front(server)
         log_event(logger, "drained", left=server.admission.open_requests)
 
-    def _note_front(self, server: Server) -> None:
-        """Take the loss of the process that speaks gRPC for what it is."""
-        if server.lost.is_set():
-            code = server.front_exit_code
-            log_event(logger, "front_lost", level=logging.ERROR, code=code)
-            server.refuse("dead")
-            self._fault.set()
+    def _lose_front(self, code: int | None) -> None:
+        log_event(logger, "front_lost", level=logging.ERROR, code=code)
+        self._fault.set()
 
     def _end(self) -> tuple[int, float, StatusError]:
         """Return exit code, time for the last replies, and what still runs gets."""

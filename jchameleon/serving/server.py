@@ -4,6 +4,7 @@ import asyncio
 import dataclasses
 import logging
 import re
+from collections.abc import Callable
 from typing import Any
 
 import grpc
@@ -50,15 +51,22 @@ class Server:
 
     Attributes:
       health: live from `bind` on, ready once loaded.
-      lost: the process that speaks gRPC has ended by itself; nothing can be served.
       compiles: what jax has compiled, in the whole process.
       reader: of the engine's totals.
     """
 
     def __init__(
-        self, config: ServerConfig, observer: RequestObserver | None = None
+        self,
+        config: ServerConfig,
+        observer: RequestObserver | None = None,
+        *,
+        on_front_lost: Callable[[int | None], None] = lambda code: None,
     ) -> None:
         """Nothing is bound or loaded yet; the files of the configuration are read.
+
+        Args:
+          on_front_lost: is called when the front process has ended by itself, with its
+            exit code if that is known: nothing can be served any more.
 
         Raises:
           ConfigError: one of them is missing or no good.
@@ -92,7 +100,7 @@ class Server:
             self._observer,
             self.catalog,
         )
-        self.lost = asyncio.Event()
+        self._on_front_lost = on_front_lost
         self._front: Front | None = None
         self._port = 0
 
@@ -107,11 +115,6 @@ class Server:
         assert self._front is not None, "bind first"
         return self._front.pid
 
-    @property
-    def front_exit_code(self) -> int | None:
-        """What that process ended with, if it has and that is known yet."""
-        return None if self._front is None else self._front.exit_code
-
     async def bind(self) -> None:
         """Answer on the port: UNAVAILABLE until `load` is done.
 
@@ -119,10 +122,14 @@ class Server:
           ConfigError: the address cannot be bound.
         """
         front = Front(
-            self.config, self._handlers(), tokens=self._tokens, on_lost=self.lost.set
+            self.config, self._handlers(), tokens=self._tokens, on_lost=self._lose_front
         )
         self._port = await front.start()
         self._front = front
+
+    def _lose_front(self, code: int | None) -> None:
+        self.refuse("dead")
+        self._on_front_lost(code)
 
     async def load(self) -> None:
         """Load the model and compile its programs, off the event loop.

@@ -67,13 +67,10 @@ class ListenConfig:
                 continue
             if type(value) is not int or not 0 <= value < 1 << 16:
                 raise ConfigError(f"server.{field}={value!r} must be from 0 to 65535")
-        _check_positive(
-            "server",
-            self,
-            ("max_message_bytes", "max_reply_bytes", "max_concurrent_rpcs"),
-        )
-        for field in ("max_message_bytes", "max_reply_bytes", "max_concurrent_rpcs"):
-            if (value := getattr(self, field)) >= 1 << 31:
+        bounds = ("max_message_bytes", "max_reply_bytes", "max_concurrent_rpcs")
+        _check_positive("server", self, bounds)
+        for field in bounds:
+            if (value := getattr(self, field)) >= 1 << 31:  # gRPC's are i32
                 raise ConfigError(f"server.{field}={value} must be below 2^31")
         for field in ("stall_timeout_s", "shutdown_timeout_s", "step_timeout_s"):
             value = getattr(self, field)
